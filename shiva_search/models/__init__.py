@@ -1,0 +1,1 @@
+"""What --model accepts, and how each block family carries its tokens."""

@@ -1,0 +1,242 @@
+"""Model: a torch module plus what is known of it: its layers, tokens, workload, inputs and fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from shiva_search.errors import InputError
+from shiva_search.models.blocks import BlockAdapter, Family, Kwargs, argument_names
+from shiva_search.records.workload import Workload
+
+#: Tensors below this many elements in total are hashed whole; larger models by a sample of every tensor.
+_WHOLE_HASH_ELEMENTS = 16_000_000
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of the model.
+
+    Attributes:
+        index: position in order of execution.
+        name: module path.
+        module: the block.
+        adapter: how it carries tokens.
+        arguments: positional names of its forward.
+        signature: equal for blocks that cost the same: class, parameter shapes and dtype.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    adapter: BlockAdapter
+    arguments: tuple[str, ...]
+    signature: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward and the noise level of each sample.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward.
+        t_B: normalised time in [0, 1], 1 is noise.
+        target: what the model was trained to predict for these inputs (None where unknown), [B, ...].
+    """
+
+    inputs: Kwargs
+    t_B: torch.Tensor
+    target: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.t_B)
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Samples start to stop."""
+        count = len(self)
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+                return value[start:stop]
+            if isinstance(value, Mapping):
+                return {name: cut(item) for name, item in value.items()}
+            return value
+
+        return Batch(cut(self.inputs), self.t_B[start:stop], None if self.target is None else cut(self.target))
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """Consecutive slices of at most `size` samples."""
+        for start in range(0, len(self), size):
+            yield self.slice(start, min(start + size, len(self)))
+
+
+#: (split, count, seed) -> Batch, with split one of "train", "calibration", "evaluation".
+Calibration = Callable[[str, int, int], Batch]
+
+
+@dataclass
+class Model:
+    """A diffusion transformer and what is known of it.
+
+    Attributes:
+        module: the torch module; eval mode.
+        name: what the user called it.
+        family: how its blocks carry tokens.
+        workload: the conditions it is deployed in.
+        calibration: draws real inputs; None where only random ones are known.
+        origin: where the weights come from ("built in", "random weights", a path).
+    """
+
+    module: nn.Module
+    name: str
+    family: Family
+    workload: Workload
+    calibration: Calibration | None = None
+    origin: str = ""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The diffusers configuration."""
+        return dict(self.module.config)  # type: ignore[arg-type]
+
+    @cached_property
+    def tokens(self) -> int:  # type: ignore[override]
+        """Image tokens N at this workload."""
+        return self.family.tokens(self.config, self.workload)
+
+    @cached_property
+    def root_arguments(self) -> tuple[str, ...]:
+        """Positional argument names of the model's forward."""
+        return argument_names(type(self.module).forward)[1:]
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The blocks in order of execution.
+
+        Raises:
+            InputError: a block class has no adapter.
+        """
+        found: list[Layer] = []
+        for list_name in self.family.block_lists:
+            blocks = getattr(self.module, list_name, None)
+            for position, block in enumerate(blocks if blocks is not None else ()):
+                adapter = self.family.adapter_of(block)
+                name = f"{list_name}.{position}"
+                arguments = argument_names(type(block).forward)[1:]
+                found.append(Layer(len(found), name, block, adapter, arguments, block_signature(block)))
+        if not found:
+            raise InputError(f"model {self.name!r} has no blocks in {', '.join(self.family.block_lists)}")
+        return tuple(found)
+
+    @property
+    def layer_count(self) -> int:
+        """Number of blocks."""
+        return len(self.layers)
+
+    def example(self, seed: int = 0, workload: Workload | None = None) -> Kwargs:
+        """Random inputs of one forward at the workload: right shapes and dtypes, for timing."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs = self.family.example(self.config, workload or self.workload, generator)
+        device = next(self.module.parameters()).device
+        return {name: _to_device(value, device) for name, value in inputs.items()}
+
+    def batch(self, split: str, count: int, seed: int = 0) -> Batch:
+        """Inputs for judging quality, timesteps stratified (eq. 15): real ones where the model has calibration data.
+
+        Args:
+            split: "train", "calibration" (search) or "evaluation" (reported figures).
+            count: samples.
+            seed: same seed, same batch.
+        """
+        if self.calibration is not None:
+            return self.calibration(split, count, seed)
+        offset = {"train": 0, "calibration": 1, "evaluation": 2}[split]
+        generator = torch.Generator().manual_seed(3 * seed + offset)
+        t_B = stratified_times(count, generator)
+        workload = Workload(**{**self.workload.as_dict(), "batch": count, "guidance": False})
+        inputs = self.family.example(self.config, workload, generator)
+        timestep = inputs[self.family.timestep_argument]
+        inputs[self.family.timestep_argument] = (t_B * self.family.timestep_scale).to(timestep.dtype)
+        device = next(self.module.parameters()).device
+        return Batch({name: _to_device(value, device) for name, value in inputs.items()}, t_B.to(device))
+
+    def times(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Normalised time in [0, 1] of each sample, from the arguments of a forward."""
+        timestep = torch.as_tensor(inputs[self.family.timestep_argument])
+        return (timestep.float().reshape(-1) / self.family.timestep_scale).clamp(0.0, 1.0)
+
+    def predict(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """One forward; the output tensor, whatever the model wraps it in."""
+        return output_tensor(self.module(**inputs))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes this model this model: enough to refuse a foreign plan. JSON-able."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return {
+            "name": self.name,
+            "architecture": type(self.module).__name__,
+            "config_hash": _digest(json.dumps(config, sort_keys=True, default=str).encode()),
+            "layers": self.layer_count,
+            "tokens": self.tokens,
+            "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
+            "weights_hash": _hash_weights(self.module),
+        }
+
+
+def output_tensor(output: Any) -> torch.Tensor:
+    """The tensor in a model's output: itself, `.sample`, or the first element."""
+    if isinstance(output, torch.Tensor):
+        return output
+    tensor: torch.Tensor = output.sample if hasattr(output, "sample") else output[0]
+    return tensor
+
+
+def stratified_times(count: int, generator: torch.Generator) -> torch.Tensor:
+    """One uniform draw per interval [i/count, (i+1)/count), shuffled (eq. 15): [count] in (0, 1)."""
+    drawn = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return drawn[torch.randperm(count, generator=generator)].clamp(1e-3, 1 - 1e-3)
+
+
+def block_signature(block: nn.Module) -> str:
+    """Blocks with equal signatures cost the same: class, and names, shapes and dtypes of all parameters."""
+    shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in block.named_parameters()]
+    kind = type(block).__name__
+    return f"{kind}-{_digest(repr((kind, sorted(shapes))).encode())[:8]}"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _hash_weights(module: nn.Module) -> str:
+    """sha256 of the weights (as float32 bytes); of 256 evenly spread values of each tensor where the model is large."""
+    whole = sum(parameter.numel() for parameter in module.parameters()) <= _WHOLE_HASH_ELEMENTS
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        if parameter.is_meta:
+            continue
+        flat = parameter.detach().reshape(-1)
+        if not whole and flat.numel() > 256:
+            flat = flat[:: flat.numel() // 256]
+        digest.update(flat.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _to_device(item, device) for name, item in value.items()}
+    return value

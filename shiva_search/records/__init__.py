@@ -1,0 +1,1 @@
+"""What is saved: budgets, plans, profiles. No torch here."""

@@ -1,0 +1,67 @@
+"""Workload: the conditions a plan is made for. They decide what a block costs, so they travel with every file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from shiva_search.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One forward of the model as it is deployed.
+
+    Attributes:
+        batch: samples in one forward; with guidance this counts both halves.
+        dtype: "float32", "bfloat16" or "float16".
+        resolution: image height and width, pixels (None: the model's own).
+        text_tokens: context tokens (None: the model's own; 0 for models without).
+        guidance: the batch is [unconditional half, conditional half]; both share one selection (eq. 32).
+        compile: blocks run through torch.compile.
+        threads: CPU threads (None: torch's default).
+    """
+
+    batch: int = 1
+    dtype: str = "float32"
+    resolution: int | None = None
+    text_tokens: int | None = None
+    guidance: bool = False
+    compile: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise InputError(f"--batch must be at least 1, got {self.batch}")
+        if self.guidance and self.batch % 2:
+            raise InputError(f"with guidance the batch holds two halves and must be even, got --batch {self.batch}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        for name in ("resolution", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} must be at least 1, got {value}")
+        if self.text_tokens is not None and self.text_tokens < 0:
+            raise InputError(f"--text-tokens must not be negative, got {self.text_tokens}")
+
+    def override(self, **changes: Any) -> Workload:
+        """This workload with the given fields replaced where they are not None."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Workload:
+        """Inverse of as_dict.
+
+        Raises:
+            InputError: unknown fields or bad values.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"the workload has unknown fields: {error}") from None

@@ -1,0 +1,1 @@
+"""Put a plan on a model: hooks on, hooks off, token movement in between."""

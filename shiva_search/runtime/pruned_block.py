@@ -1,0 +1,171 @@
+"""One pruned block: score, gather, run the block on the kept tokens, scatter back. Knows tokens, not models.
+
+Everything that varies between uses (how many tokens, which scorer, training or not) is read from one Controller,
+so a plan can be changed without touching the hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from shiva_search.models.model import Layer
+from shiva_search.runtime.scorers import History, TokenScorer
+from shiva_search.runtime.token_ops import gather_tokens, scatter_tokens, share_over_guidance, top_k
+
+
+class Gate(Protocol):
+    """What training adds to the selection; forward values stay the same to the bit (selection/gates.py)."""
+
+    def perturb(self, scores_BN: torch.Tensor) -> torch.Tensor: ...
+
+    def inclusion(self, scores_BN: torch.Tensor, k: int, layer: int) -> torch.Tensor: ...
+
+    def enter(self, x_kept_BKD: torch.Tensor, pi_kept_BK: torch.Tensor) -> torch.Tensor: ...
+
+    def leave(
+        self, x_kept_BKD: torch.Tensor, out_kept_BKD: torch.Tensor, pi_kept_BK: torch.Tensor
+    ) -> torch.Tensor: ...
+
+    def stay(self, x_BND: torch.Tensor, pi_BN: torch.Tensor) -> torch.Tensor: ...
+
+
+#: The rejected path: (x_BND, condition_BC) -> the cheap update [B, N, D] of every token.
+Bypass = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a forward may start again: what came out of `layer`, and the history after it."""
+
+    layer: int
+    output: Any
+    history: History | None
+
+
+@dataclass
+class Controller:
+    """What the pruned blocks of one model read during a forward.
+
+    Attributes:
+        rows: tokens kept per layer, a row per segment.
+        row: the row in force, set from the timestep at the start of each forward.
+        tokens: N.
+        scorer: ranks tokens.
+        guidance: the batch holds two halves that share one selection.
+        gate: training's estimator, or None.
+        bypasses: the rejected path by layer; missing means identity.
+        t_B: normalised time of the forward under way.
+        history: kept up to date where the scorer asks for it.
+        record: layers whose output is wanted; they land in `recorded`.
+        resume: start at this point instead of the first layer.
+        observer: called as (layer, x_BND, output tokens [B, N, D], kept_BK or None) after each layer.
+    """
+
+    rows: Sequence[Sequence[int]]
+    tokens: int
+    scorer: TokenScorer
+    guidance: bool = False
+    gate: Gate | None = None
+    bypasses: Mapping[int, Bypass] = field(default_factory=dict)
+    row: int = 0
+    t_B: torch.Tensor | None = None
+    history: History | None = None
+    record: frozenset[int] = frozenset()
+    recorded: dict[int, Resume] = field(default_factory=dict)
+    resume: Resume | None = None
+    observer: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
+
+    def scores(self, layer: int, x_BND: torch.Tensor, condition_BC: torch.Tensor) -> torch.Tensor:
+        """Scores [B, N] of one layer, shared between guidance halves where the batch has them."""
+        assert self.t_B is not None
+        if getattr(self.scorer, "uses_history", False):
+            history = self.history or _no_history(x_BND)
+            scores_BN = self.scorer(x_BND, self.t_B, condition_BC, layer, history=history)  # type: ignore[call-arg]
+        else:
+            scores_BN = self.scorer(x_BND, self.t_B, condition_BC, layer)
+        return share_over_guidance(scores_BN) if self.guidance else scores_BN
+
+    def remember(self, x_BND: torch.Tensor, out_BND: torch.Tensor, kept_BK: torch.Tensor | None) -> None:
+        """Update the history after a layer; kept_BK is None where all tokens were processed."""
+        if not getattr(self.scorer, "uses_history", False):
+            return
+        with torch.no_grad():
+            age_BN = (self.history or _no_history(x_BND)).age_BN + 1
+            update_size_BN = (out_BND - x_BND).float().norm(dim=-1)
+            age_BN = torch.zeros_like(age_BN) if kept_BK is None else age_BN.scatter(1, kept_BK, 0.0)
+            self.history = History(age_BN, update_size_BN)
+
+
+def _no_history(x_BND: torch.Tensor) -> History:
+    zeros_BN = torch.zeros(x_BND.shape[:2], device=x_BND.device)
+    return History(zeros_BN, zeros_BN)
+
+
+class PrunedBlock:
+    """Stands in for a block's forward. With all tokens kept it calls the block as it was called, bit for bit."""
+
+    def __init__(self, layer: Layer, forward: Callable[..., Any], controller: Controller) -> None:
+        self.layer = layer
+        self.forward = forward
+        self.controller = controller
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        controller, adapter, index = self.controller, self.layer.adapter, self.layer.index
+        kwargs.update(zip(self.layer.arguments, args, strict=False))
+        x_BND: torch.Tensor = kwargs[adapter.tokens]
+        resume = controller.resume
+        if resume is not None and index <= resume.layer:
+            if index < resume.layer:
+                return adapter.pack(x_BND, kwargs.get(adapter.context) if adapter.context else None)
+            controller.history = resume.history
+            return resume.output
+        k = controller.rows[controller.row][index]
+        if k >= controller.tokens:
+            output, kept_BK = self.forward(**kwargs), None
+        else:
+            output, kept_BK = self._pruned(x_BND, k, kwargs)
+        if controller.observer is not None or getattr(controller.scorer, "uses_history", False):
+            out_BND, _ = adapter.unpack(output)
+            controller.remember(x_BND, out_BND, kept_BK)
+            if controller.observer is not None:
+                controller.observer(index, x_BND, out_BND, kept_BK)
+        if index in controller.record:
+            controller.recorded[index] = Resume(index, output, controller.history)
+        return output
+
+    def _pruned(self, x_BND: torch.Tensor, k: int, kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+        controller, adapter, index = self.controller, self.layer.adapter, self.layer.index
+        bypass, gate = controller.bypasses.get(index), controller.gate
+        context = kwargs.get(adapter.context) if adapter.context else None
+        needs_condition = k > 0 or bypass is not None
+        condition_BC = adapter.condition(self.layer.module, kwargs) if needs_condition else None
+        rejected_BND = x_BND
+        if bypass is not None:
+            assert condition_BC is not None
+            rejected_BND = x_BND + bypass(x_BND, condition_BC)
+        if k == 0:
+            kept_BK = torch.empty(len(x_BND), 0, dtype=torch.int64, device=x_BND.device)
+            return adapter.pack(rejected_BND, context), kept_BK
+        assert condition_BC is not None
+        scores_BN = controller.scores(index, x_BND, condition_BC)
+        if gate is not None:
+            scores_BN = gate.perturb(scores_BN)
+        kept_BK = top_k(scores_BN.detach(), k)
+        x_kept_BKD = gather_tokens(x_BND, kept_BK)
+        entering_BKD = x_kept_BKD
+        if gate is not None:
+            pi_BN = gate.inclusion(scores_BN, k, index)
+            pi_kept_BK = pi_BN.gather(1, kept_BK)
+            entering_BKD = gate.enter(x_kept_BKD, pi_kept_BK)
+            rejected_BND = gate.stay(rejected_BND, pi_BN)
+        inputs = adapter.gather({**kwargs, adapter.tokens: entering_BKD}, kept_BK, controller.tokens)
+        out_BKD, out_context = adapter.unpack(self.forward(**inputs))
+        if gate is not None:
+            # With a bypass, the difference of the two paths is block output minus bypass output.
+            other_BKD = x_kept_BKD if bypass is None else gather_tokens(rejected_BND, kept_BK)
+            out_BKD = gate.leave(other_BKD, out_BKD, pi_kept_BK)
+        return adapter.pack(scatter_tokens(rejected_BND, kept_BK, out_BKD), out_context), kept_BK

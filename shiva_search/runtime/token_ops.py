@@ -1,0 +1,34 @@
+"""Move tokens: pick, gather, scatter. In and out: plain tensors; no model is known here.
+
+Legend: B samples, N tokens, K tokens kept, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def top_k(scores_BN: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices [B, K] of the k highest scores, ascending (so that memory is read in order), int64 (eq. 3)."""
+    kept_BK = torch.topk(scores_BN, k, dim=1, sorted=False).indices
+    return kept_BK.sort(dim=1).values
+
+
+def gather_tokens(x_BND: torch.Tensor, kept_BK: torch.Tensor) -> torch.Tensor:
+    """Rows of the kept tokens: [B, N, D] -> [B, K, D] (eq. 4). A new tensor; gradients flow back to x."""
+    return x_BND.gather(1, kept_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+
+
+def scatter_tokens(x_BND: torch.Tensor, kept_BK: torch.Tensor, updated_BKD: torch.Tensor) -> torch.Tensor:
+    """x with the kept rows replaced (eq. 4). x itself is left alone."""
+    return x_BND.scatter(1, kept_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]), updated_BKD)
+
+
+def share_over_guidance(scores_BN: torch.Tensor) -> torch.Tensor:
+    """One selection for both halves of a guidance batch: s = max(s_cond, s_uncond) (eq. 32).
+
+    Args:
+        scores_BN: [B, N], B even; rows i and B/2 + i are the two halves of one image.
+    """
+    halves = scores_BN.view(2, -1, scores_BN.shape[1])
+    return halves.amax(dim=0).repeat(2, 1)
