@@ -78,6 +78,7 @@ class Family:
         tokens: (config, workload) -> image tokens N.
         example: (config, workload, generator) -> keyword arguments of one forward, random values, workload's dtype.
         defaults: config -> the workload of its published use (batch, resolution, text tokens, guidance).
+        workload_of: (config, keyword arguments of one forward, workload) -> the workload with what they show.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Family:
     tokens: Callable[[Mapping[str, Any], Workload], int]
     example: Callable[[Mapping[str, Any], Workload, torch.Generator], Kwargs]
     defaults: Callable[[Mapping[str, Any]], Workload]
+    workload_of: Callable[[Mapping[str, Any], Mapping[str, Any], Workload], Workload]
     block_lists: tuple[str, ...] = ("transformer_blocks",)
     timestep_scale: float = 1000.0
     timestep_argument: str = "timestep"

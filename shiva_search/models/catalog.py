@@ -32,11 +32,11 @@ def load_model(name: str = BUILT_IN, device: str = "cpu", seed: int = 0, **workl
     """
     if name == BUILT_IN:
         module = _read_transformer(REFERENCE / "transformer")
-        model = _assemble(module, name, "built in", workload)
+        model = as_model(module, name, "built in", workload)
         model.calibration = _fashion_batch
     else:
         module = _read_transformer(_transformer_folder(name))
-        model = _assemble(module, name, str(Path(name)), workload)
+        model = as_model(module, name, str(Path(name)), workload)
     model.module.to(device=device, dtype=getattr(torch, model.workload.dtype)).eval().requires_grad_(False)
     return model
 
@@ -68,11 +68,22 @@ def _read_transformer(folder: Path) -> torch.nn.Module:
     return module
 
 
-def _assemble(module: torch.nn.Module, name: str, origin: str, workload: dict[str, Any]) -> Model:
-    family = family_of(type(module).__name__)
-    assert family is not None  # _read_transformer and wrap refuse others
+def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dict[str, Any] | None = None) -> Model:
+    """What is known of a transformer at hand.
+
+    Args:
+        workload: fields of Workload that replace the defaults of its family.
+
+    Raises:
+        InputError: its class has no adapter.
+    """
+    class_name = type(module).__name__
+    family = family_of(class_name)
+    if family is None:
+        known = ", ".join(item.model_class for item in FAMILIES)
+        raise InputError(f"no adapter for model class {class_name!r}; known classes: {known}")
     config = dict(module.config)  # type: ignore[arg-type]
-    return Model(module, name, family, family.defaults(config).override(**workload), origin=origin)
+    return Model(module, name, family, family.defaults(config).override(**(workload or {})), origin=origin)
 
 
 def _fashion_batch(split: str, count: int, seed: int) -> Batch:
@@ -89,6 +100,12 @@ def _fashion_batch(split: str, count: int, seed: int) -> Batch:
     noise = torch.randn(x0.shape, generator=generator)
     inputs = {"hidden_states": (1 - mix) * x0 + mix * noise, "timestep": t_B * 1000, "class_labels": labels[rows]}
     return Batch(inputs, t_B, noise - x0)
+
+
+def shipped_router(model: Model) -> Path | None:
+    """The warmed-up router that ships with the built-in model; None for all others."""
+    path = REFERENCE / "router.safetensors"
+    return path if model.origin == "built in" and path.is_file() else None
 
 
 def list_models() -> list[dict[str, str]]:

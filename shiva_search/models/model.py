@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -147,6 +147,10 @@ class Model:
         device = next(self.module.parameters()).device
         return {name: _to_device(value, device) for name, value in inputs.items()}
 
+    def like(self, example: Mapping[str, Any]) -> Model:
+        """This model with the workload that keyword arguments of one forward show: batch, dtype, resolution."""
+        return replace(self, workload=self.family.workload_of(self.config, example, self.workload))
+
     def batch(self, split: str, count: int, seed: int = 0) -> Batch:
         """Inputs for judging quality, timesteps stratified (eq. 15): real ones where the model has calibration data.
 
@@ -220,7 +224,7 @@ def _digest(data: bytes) -> str:
 
 
 def _hash_weights(module: nn.Module) -> str:
-    """sha256 of the weights (as float32 bytes); of 256 evenly spread values of each tensor where the model is large."""
+    """sha256 of the weights, rounded to bfloat16 so that a model loaded in it is still the same; of 256 evenly spread values of each tensor where the model is large."""
     whole = sum(parameter.numel() for parameter in module.parameters()) <= _WHOLE_HASH_ELEMENTS
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
@@ -230,7 +234,7 @@ def _hash_weights(module: nn.Module) -> str:
         flat = parameter.detach().reshape(-1)
         if not whole and flat.numel() > 256:
             flat = flat[:: flat.numel() // 256]
-        digest.update(flat.float().cpu().numpy().tobytes())
+        digest.update(flat.to(torch.bfloat16).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

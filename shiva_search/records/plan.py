@@ -37,6 +37,7 @@ class Plan:
         model: fingerprint of the model; device and workload: what it was made for.
         bypass, attend: what rejected tokens do, and whose keys and values kept tokens see, per segment and layer.
         budget, predicted, measured, fidelity, solver, origin: how it was found, by name with units.
+        folder: where it was read from, if from a file; its trained selector lies beside it. Not saved.
 
     Raises:
         InputError: the rule that is broken, with the value.
@@ -57,6 +58,7 @@ class Plan:
     solver: Mapping[str, Any] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    folder: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -158,6 +160,7 @@ class Plan:
         """
         try:
             known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+            known.pop("folder", None)
             known["tokens_kept"] = tuple(tuple(row) for row in values["tokens_kept"])
             if "segments" in known:
                 known["segments"] = tuple((float(low), float(high)) for low, high in known["segments"])
@@ -180,11 +183,11 @@ class Plan:
         path = Path(path)
         if path.is_dir():
             path = path / "plan.json"
-        return cls.from_dict(read_json(path, "plan"), str(path))
+        return replace(cls.from_dict(read_json(path, "plan"), str(path)), folder=path.parent)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form (contract: plan.json)."""
-        plain = {item.name: getattr(self, item.name) for item in fields(self)}
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "folder"}
         plain["tokens_kept"] = [list(row) for row in self.tokens_kept]
         plain["segments"] = [list(pair) for pair in self.segments]
         plain["attend"] = [list(row) for row in self.attend]

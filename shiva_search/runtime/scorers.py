@@ -41,9 +41,7 @@ class TokenScorer(Protocol):
 class Stride:
     """Evenly spread tokens by a low-discrepancy sequence (golden ratio), rotated from layer to layer."""
 
-    def __call__(
-        self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int
-    ) -> torch.Tensor:
+    def __call__(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
         batch, tokens, _ = x_BND.shape
         position_N = torch.arange(tokens, device=x_BND.device, dtype=torch.float64)
         scores_N = (position_N * _GOLDEN + layer * _GOLDEN**2) % 1.0
@@ -56,9 +54,7 @@ class Random:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def __call__(
-        self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int
-    ) -> torch.Tensor:
+    def __call__(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
         batch, tokens, _ = x_BND.shape
         generator = torch.Generator().manual_seed(self.seed * 1009 + layer)
         return torch.rand(batch, tokens, generator=generator).to(x_BND.device)
@@ -67,9 +63,7 @@ class Random:
 class Norm:
     """Size of the token's features."""
 
-    def __call__(
-        self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int
-    ) -> torch.Tensor:
+    def __call__(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
         return x_BND.float().norm(dim=-1)
 
 

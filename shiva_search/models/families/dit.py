@@ -43,6 +43,15 @@ def _example(config: Mapping[str, Any], workload: Workload, generator: torch.Gen
     }
 
 
+def _workload_of(config: Mapping[str, Any], example: Mapping[str, Any], workload: Workload) -> Workload:
+    latent = example["hidden_states"]
+    pixels = 1 if config["in_channels"] == 1 else 8
+    return workload.override(
+        batch=len(latent), dtype=str(latent.dtype).removeprefix("torch."), resolution=latent.shape[-1] * pixels,
+        guidance=workload.guidance and len(latent) % 2 == 0,
+    )  # fmt: skip
+
+
 DIT = Family(
     name="dit",
     model_class="DiTTransformer2DModel",
@@ -50,4 +59,5 @@ DIT = Family(
     tokens=_tokens,
     example=_example,
     defaults=lambda config: Workload(batch=2, guidance=True),
+    workload_of=_workload_of,
 )

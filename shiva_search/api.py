@@ -1,0 +1,260 @@
+"""The Python API: one function per stage; every command is built of these. In and out: models, profiles, plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shiva_search.cost.cost_model import CostModel, fit_cost_model
+from shiva_search.errors import InputError
+from shiva_search.models.catalog import load_model
+from shiva_search.models.families import family_of
+from shiva_search.models.model import Model
+from shiva_search.records.budget import Budget
+from shiva_search.records.plan import Plan
+from shiva_search.records.profile import Profile, load_profile
+from shiva_search.records.workload import Workload
+from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shiva_search.records.measurement import Measurement
+    from shiva_search.search import SearchResult
+    from shiva_search.selection.router import Router
+
+Progress = Callable[[str], None]
+Selector = TokenScorer | str | None
+
+__all__ = [
+    "apply_plan", "fidelity", "fit_cost_model", "load_model", "load_profile", "load_selector", "measure", "optimize",
+    "profile", "search", "train_selector", "warm_up", "wrap",
+]  # fmt: skip
+
+
+def wrap(
+    module: nn.Module, example: Mapping[str, Any] | None = None, workload: Workload | None = None, name: str = ""
+) -> Model:
+    """Tell the package about a transformer you hold.
+
+    Args:
+        module: a diffusers transformer of a known class.
+        example: keyword arguments of one forward as you call it; batch, dtype and shapes are read from it.
+        workload: the conditions it is deployed in, where no example says so.
+
+    Raises:
+        InputError: the class has no adapter.
+    """
+    from shiva_search.models.catalog import as_model
+
+    model = as_model(module, name or type(module).__name__, "wrapped", workload.as_dict() if workload else None)
+    return model if example is None else model.like(example)
+
+
+def profile(
+    model: Model,
+    device: str = "cpu",
+    *,
+    seconds: float = 60.0,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure every block of the model at many token counts on the device.
+
+    Args:
+        seconds: time to spend measuring.
+        folder: where raw samples are kept as they come, so that an interrupted profile resumes.
+
+    Raises:
+        InputError, UnavailableError: the device is not known or not there.
+    """
+    from shiva_search.devices import open_device
+    from shiva_search.profiling.block_profiler import profile_model
+
+    return profile_model(
+        model,
+        open_device(device),
+        seconds=seconds,
+        seed=seed,
+        folder=None if folder is None else Path(folder),
+        scorer=_ranking_like_a_router(model),
+        progress=progress,
+    )
+
+
+def search(
+    model: Model,
+    cost: CostModel,
+    budget: Budget,
+    *,
+    trials: int = 100,
+    seed: int = 0,
+    scorer: Selector = None,
+    measure: Callable[[Plan], Measurement] | None = None,
+    **options: Any,
+) -> SearchResult:
+    """Search tokens kept per layer within the budget; the quality of a plan is the model's own output error.
+
+    Args:
+        scorer: ranks tokens while plans are judged; None takes the warmed-up router where one is known, else stride.
+        measure: measures a plan on the device, closing the loop; None trusts the cost model.
+        **options: storage, study_name, min_keep, segments, sampler, folder, progress (search/run_search.py).
+
+    Raises:
+        InfeasibleBudgetError: no plan fits; names the floor and the budget that binds.
+    """
+    from shiva_search.search import search as run
+
+    resolved = _resolve_scorer(model, scorer)
+    return run(model, cost, budget, trials=trials, seed=seed, scorer=resolved, measure=measure, **options)
+
+
+def train_selector(
+    model: Model, plan: Plan, steps: int = 500, *, selector: Router | None = None, seed: int = 0, **options: Any
+) -> Router:
+    """Train the selector at the plan's token counts, from `selector` or the model's warmed-up router.
+
+    Raises:
+        InputError: the plan does not fit the model.
+    """
+    from shiva_search.selection.training import tune
+
+    router = selector if selector is not None else warm_up(model, seed=seed)
+    return tune(model, router, plan, steps=steps, seed=seed, **options)[0]
+
+
+def warm_up(model: Model, steps: int | None = None, *, seed: int = 0, **options: Any) -> Router:
+    """A router that serves every ratio: the one that ships with the model, or one trained now for `steps`."""
+    from shiva_search.models.catalog import shipped_router
+    from shiva_search.selection.router import load_selector as load
+    from shiva_search.selection.training import warm_up as train
+
+    shipped = shipped_router(model)
+    if shipped is not None and steps is None:
+        return load(shipped)
+    return train(model, steps=180 if steps is None else steps, seed=seed, **options)[0]
+
+
+def load_selector(path: str | Path) -> Router:
+    """Read selector.safetensors, or the one in a run's folder.
+
+    Raises:
+        InputError: missing, unreadable or not a selector.
+    """
+    from shiva_search.selection.router import load_selector as load
+
+    path = Path(path)
+    return load(path / "selector.safetensors" if path.is_dir() else path)
+
+
+def apply_plan(
+    target: Any, plan: Plan | str | Path, selector: Selector = None, *, guidance: bool | None = None
+) -> AppliedPlan:
+    """Put a plan on a model: a context manager, or a handle with `remove()`.
+
+    Args:
+        target: a Model, a transformer module, or a pipeline with one.
+        plan: a Plan, plan.json, or a run's folder.
+        selector: a scorer by name, a callable, a trained selector; None takes the plan's own where it has one, else
+            "stride".
+        guidance: whether the batch holds two halves that share one selection; None takes the plan's workload.
+
+    Raises:
+        InputError: the plan does not fit the model.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.from_file(plan)
+    model = _as_model(target, plan)
+    return AppliedPlan(model, plan, _scorer_of(plan, selector), guidance=guidance)
+
+
+def measure(
+    model: Model,
+    plan: Plan,
+    device: str = "cpu",
+    *,
+    selector: Selector = None,
+    seconds: float = 20.0,
+    seed: int = 0,
+) -> Measurement:
+    """Measure the planned model against the dense one, interleaved, on the device.
+
+    Raises:
+        InputError, UnavailableError: the plan does not fit, or the device is not there.
+    """
+    from shiva_search.devices import open_device
+    from shiva_search.profiling.end_to_end import measure_plans
+
+    scorer = _scorer_of(plan, selector)
+    return measure_plans(model, [plan], open_device(device), scorer_for=lambda _: scorer, seconds=seconds, seed=seed)[0]
+
+
+def fidelity(
+    model: Model,
+    plan: Plan,
+    selector: Selector = None,
+    *,
+    split: str = "calibration",
+    samples: int = 64,
+    seed: int = 0,
+) -> float:
+    """The quality figure the search minimises: normalised squared error of the output against the dense model's.
+
+    sum ||v_planned - v_dense||^2 / sum ||v_dense||^2 over samples at stratified timesteps; 0 is identical, lower is
+    better.
+    """
+    from shiva_search.search.fidelity import fidelity as evaluate
+
+    return evaluate(model, plan, _scorer_of(plan, selector), split=split, samples=samples, seed=seed)
+
+
+def optimize(model: str = "fashion-dit", out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """The whole job, as `shiva-search optimize` does it; the run's summary.
+
+    Args:
+        **settings: fields of workflow.Settings (budget={"latency_ms": "60%"}, trials, train_steps, ...).
+    """
+    from shiva_search.workflow import Settings, optimize_command
+
+    return optimize_command(Settings(model=model, **settings), out=None if out is None else Path(out)).summary
+
+
+def _as_model(target: Any, plan: Plan) -> Model:
+    if isinstance(target, Model):
+        return target
+    module = getattr(target, "transformer", target)
+    family = family_of(type(module).__name__)
+    if family is None:
+        raise InputError(
+            f"apply_plan takes a Model, a diffusers transformer or a pipeline with one, got {type(target).__name__}; "
+            "wrap other transformers with shiva_search.wrap(module, example=...)"
+        )
+    workload = Workload.from_dict(dict(plan.workload)) if plan.workload else family.defaults(dict(module.config))
+    return Model(module, type(module).__name__, family, workload)
+
+
+def _scorer_of(plan: Plan, selector: Selector) -> TokenScorer:
+    if selector is None and plan.folder is not None and (plan.folder / "selector.safetensors").is_file():
+        return load_selector(plan.folder)
+    return _by_name("stride" if selector is None else selector)
+
+
+def _resolve_scorer(model: Model, selector: Selector) -> TokenScorer:
+    from shiva_search.models.catalog import shipped_router
+
+    if selector is None and shipped_router(model) is not None:
+        return warm_up(model)
+    return _by_name("stride" if selector is None else selector)
+
+
+def _by_name(selector: TokenScorer | str) -> TokenScorer:
+    return scorer_by_name(selector) if isinstance(selector, str) else selector
+
+
+def _ranking_like_a_router(model: Model) -> TokenScorer:
+    """An untrained router: what selecting costs does not depend on what was learned."""
+    from shiva_search.selection.router import Router
+
+    return Router.for_model(model, seed=0)

@@ -1,0 +1,176 @@
+"""Fit latency. In: Evidence. Out: a monotone curve per signature and a fixed part, in milliseconds, that add up.
+
+One bounded least-squares problem. Unknown are the fixed part f, the cost c_s(k) of a block of signature s at each
+measured count k, and two corrections: a scale a and an overhead o per pruned layer. All in units of the dense forward:
+
+    c_s(k) = a b_s(k) + o [0 < k < N]      blocks measured alone, b, to within their error and what they cannot know
+    f + sum_l c_s(l)(N) = 1                the dense forward
+    f + sum_l c_s(l)(k_l) = y              each plan measured from end to end, to within its error
+    a = 1,  o = 0,  f = rest cell          weakly
+
+with c_s rising in k over the pruned counts. The dense block stands beside the curve, since it selects nothing and may
+cost less than a block that drops one token. No smoothing: between measured counts the curve is straight, and two
+neighbouring counts make a step. Corrections end up in c and f, so the cost of a plan is exactly additive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import lsq_linear
+
+from shiva_search.cost.evidence import Evidence, PlanRatio
+
+# Prior widths, relative. A block alone and the same block in a model differ by caches, allocator and neighbours.
+_BLOCK_IN_MODEL = 0.02  # of c_s(k), beyond what scale and overhead explain
+_OF_DENSE_BLOCK = 0.003  # the least of it, in units of the dense block
+_SCALE = 0.1
+_OVERHEAD = 0.05  # of the dense block
+_REST = 0.3  # of the rest cell
+_DENSE = 0.001
+_HUBER = 1.5  # standard errors beyond which a plan counts as an outlier
+_ITERATIONS = 4
+
+
+@dataclass(frozen=True)
+class LatencyFit:
+    """Latency that adds up: fixed_ms + sum of curves.
+
+    Attributes:
+        fixed_ms: what no plan changes.
+        curves_ms: by signature, at the measured counts of that signature.
+        scale, overhead_ms: the corrections that were folded in.
+    """
+
+    fixed_ms: float
+    curves_ms: Mapping[str, tuple[float, ...]]
+    scale: float
+    overhead_ms: float
+
+
+def fit_latency(evidence: Evidence) -> LatencyFit:
+    """Solve the problem above; without forwards it is the isotonic regression of the blocks, weighted by precision."""
+    system = _System(evidence)
+    solution = system.solve(np.ones(len(evidence.plans)))
+    for _ in range(_ITERATIONS if evidence.plans else 0):
+        # Huber's weights: a plan far off counts in proportion to 1 / distance.
+        residual = np.abs(system.plan_residuals(solution))
+        solution = system.solve(np.minimum(1.0, _HUBER / np.maximum(residual, 1e-9)))
+    return system.unpack(solution)
+
+
+def plan_share(fit: LatencyFit, evidence: Evidence, plan: PlanRatio) -> float:
+    """Predicted planned over dense latency."""
+
+    def total(row: tuple[int, ...]) -> float:
+        return fit.fixed_ms + sum(
+            float(np.interp(k, evidence.blocks[name].tokens_kept, fit.curves_ms[name]))
+            for name, k in zip(evidence.layers, row, strict=True)
+        )
+
+    dense_ms = total((evidence.tokens,) * len(evidence.layers))
+    return sum(weight * total(row) for weight, row in zip(plan.weights, plan.rows, strict=True)) / dense_ms
+
+
+class _System:
+    """Rows of the least-squares problem over x = [f, a, o, steps of every curve]."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.tokens = evidence.tokens
+        blocks = evidence.blocks
+        names = [name for name in evidence.layers]
+        skipped_ms = sum(blocks[name].latency_ms[0] for name in names if blocks[name].tokens_kept[0] == 0)
+        self.rest_ms = max(0.0, evidence.rest_ms - skipped_ms)
+        self.sum_ms = self.rest_ms + sum(blocks[name].latency_ms[-1] for name in names)
+        self.offsets, width = {}, 3
+        for name, curve in blocks.items():
+            self.offsets[name] = width
+            width += len(curve.tokens_kept)
+        self.width = width
+        self.dense_block = sum(blocks[name].latency_ms[-1] for name in names) / len(names) / self.sum_ms
+        self.prior_rows, self.prior_values = self._prior()
+        self.plan_rows = np.array([self._plan_row(plan) for plan in evidence.plans]).reshape(-1, width)
+        self.plan_values = np.array([plan.ratio for plan in evidence.plans])
+        self.plan_errors = np.array([plan.error * plan.ratio for plan in evidence.plans])
+
+    def solve(self, weights: np.ndarray) -> np.ndarray:
+        """The solution with plans weighted."""
+        root = np.sqrt(weights) / self.plan_errors if len(weights) else np.zeros(0)
+        matrix = np.vstack([self.prior_rows, self.plan_rows * root[:, None]])
+        values = np.concatenate([self.prior_values, self.plan_values * root])
+        low = np.zeros(self.width)
+        low[1], low[2] = 0.2, -np.inf
+        solution: np.ndarray = lsq_linear(matrix, values, bounds=(low, np.full(self.width, np.inf)), method="bvls").x
+        return solution
+
+    def plan_residuals(self, solution: np.ndarray) -> np.ndarray:
+        """Measured minus predicted, in standard errors."""
+        residuals: np.ndarray = (self.plan_values - self.plan_rows @ solution) / self.plan_errors
+        return residuals
+
+    def unpack(self, solution: np.ndarray) -> LatencyFit:
+        """Milliseconds, such that the dense model comes out at its measured latency to the last digit."""
+        unit_ms = self.evidence.dense_ms or self.sum_ms
+        values = {name: self._curve_matrix(name) @ solution for name in self.evidence.blocks}
+        total = solution[0] + sum(values[name][-1] for name in self.evidence.layers)
+        unit_ms /= total
+        curves = {name: tuple(float(v) * unit_ms for v in curve) for name, curve in values.items()}
+        return LatencyFit(float(solution[0]) * unit_ms, curves, float(solution[1]), float(solution[2]) * unit_ms)
+
+    def _curve_matrix(self, name: str) -> np.ndarray:
+        """[counts, unknowns]: pruned counts add up steps, the dense block is an unknown of its own."""
+        counts = len(self.evidence.blocks[name].tokens_kept)
+        matrix = np.zeros((counts, self.width))
+        start = self.offsets[name]
+        matrix[: counts - 1, start : start + counts - 1] = np.tril(np.ones((counts - 1, counts - 1)))
+        matrix[counts - 1, start + counts - 1] = 1.0
+        return matrix
+
+    def _prior(self) -> tuple[np.ndarray, np.ndarray]:
+        rows: list[np.ndarray] = []
+        values: list[float] = []
+
+        def add(row: np.ndarray, value: float, error: float) -> None:
+            rows.append(row / error)
+            values.append(value / error)
+
+        unit = np.eye(self.width)
+        whole = bool(self.evidence.dense_ms)
+        add(unit[1], 1.0, _SCALE if self.evidence.plans else 1e-6)
+        add(unit[2], 0.0, _OVERHEAD * self.dense_block if self.evidence.plans else 1e-9)
+        rest = self.rest_ms / self.sum_ms
+        add(unit[0], rest, _REST * rest + 0.002 if whole else 1e-6)
+        for name, curve in self.evidence.blocks.items():
+            matrix = self._curve_matrix(name)
+            for i, k in enumerate(curve.tokens_kept):
+                alone = curve.latency_ms[i] / self.sum_ms
+                is_pruned = 0 < k < self.tokens
+                spread = _BLOCK_IN_MODEL * alone + _OF_DENSE_BLOCK * self.dense_block if self.evidence.plans else 0.0
+                error = float(np.hypot(curve.error[i] * alone, spread))
+                add(matrix[i] - alone * unit[1] - is_pruned * unit[2], 0.0, error)
+        if whole:
+            dense = unit[0] + sum(self._curve_matrix(name)[-1] for name in self.evidence.layers)
+            add(dense, 1.0, _DENSE)
+        return np.array(rows), np.array(values)
+
+    def _plan_row(self, plan: PlanRatio) -> np.ndarray:
+        total = np.zeros(self.width)
+        total[0] = 1.0
+        for weight, row in zip(plan.weights, plan.rows, strict=True):
+            for name, k in zip(self.evidence.layers, row, strict=True):
+                total += weight * self._interpolated(name, k)
+        return total
+
+    def _interpolated(self, name: str, k: int) -> np.ndarray:
+        counts = self.evidence.blocks[name].tokens_kept
+        matrix = self._curve_matrix(name)
+        above = int(np.searchsorted(counts, k))
+        if counts[above] == k:
+            row: np.ndarray = matrix[above]
+            return row
+        share = (k - counts[above - 1]) / (counts[above] - counts[above - 1])
+        between: np.ndarray = (1 - share) * matrix[above - 1] + share * matrix[above]
+        return between

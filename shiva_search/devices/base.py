@@ -1,0 +1,192 @@
+"""The one protocol through which the rest of the package sees a device.
+
+In: a device's name as the user writes it, and callables that run something on it. Out: times, energies, memory
+peaks and conditions, each in the unit its name carries. What a device cannot measure is None with a reason.
+torch is imported only once a device is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Run = Callable[[], object]  # one execution of what is measured; its result is dropped
+Quantity = Literal["latency_ms", "energy_j", "power_w", "peak_memory_mib"]
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class EnergySample:
+    """Energy of one repeated run.
+
+    Attributes:
+        energy_j_per_run: joules of one run, idle power included; None where it could not be measured.
+        power_w: mean power over the window, in watts; None together with the energy.
+        runs: runs inside the window.
+        ticks: updates of the sensor seen inside the window.
+        seconds: length of the window, from one update of the sensor to another.
+        idle_power_w: power with nothing queued, measured once per device; None where unknown.
+        reason: why there is no energy; None where there is.
+    """
+
+    energy_j_per_run: float | None
+    power_w: float | None
+    runs: int
+    ticks: int
+    seconds: float
+    idle_power_w: float | None
+    reason: str | None
+
+    @classmethod
+    def missing(
+        cls, reason: str, runs: int = 0, ticks: int = 0, seconds: float = 0.0, idle_power_w: float | None = None
+    ) -> EnergySample:
+        """A sample without energy, which always says why."""
+        return cls(None, None, runs, ticks, seconds, idle_power_w, reason)
+
+
+@dataclass(frozen=True)
+class SensorReport:
+    """One line of `shiva-search devices`.
+
+    Attributes:
+        name: the sensor, "NVML energy counter".
+        what: the quantity it answers for.
+        available: whether it answers here.
+        how: how it measures; where it is not available, why not and the next step.
+    """
+
+    name: str
+    what: Quantity
+    available: bool
+    how: str
+
+
+@runtime_checkable
+class Device(Protocol):
+    """Something that runs a model and measures it.
+
+    Attributes:
+        name: as in `--device`, with the index filled in: "cpu", "cuda:0".
+        torch_device: where tensors and modules of a run belong.
+    """
+
+    name: str
+    torch_device: torch.device
+
+    def describe(self) -> dict[str, Any]:
+        """What the device is: its name, driver, cores, memory, library versions and clocks, ready for JSON."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits until the device has finished all it was given."""
+        ...
+
+    def time_ms(self, run: Run, repeats: int = 1) -> float:
+        """Takes one timed sample.
+
+        Args:
+            run: what is timed; warm-up is the caller's.
+            repeats: executions in the sample, at least 1.
+
+        Returns:
+            Milliseconds per repeat.
+
+        Raises:
+            InputError: repeats is below 1.
+        """
+        ...
+
+    def peak_memory_mib(self, run: Run) -> float | None:
+        """Runs once and returns the allocator's own peak in MiB above what was live before; None where unknown."""
+        ...
+
+    def measure_energy(self, run: Run, min_seconds: float) -> EnergySample:
+        """Repeats a run back to back until the window is long enough for the energy sensor.
+
+        Args:
+            run: what is measured; warm-up is the caller's.
+            min_seconds: shortest window; a slow sensor makes it longer.
+        """
+        ...
+
+    def conditions(self) -> dict[str, Any]:
+        """What may disturb a measurement just now, ready for JSON.
+
+        Names that end in `_total` count since some start: take the difference of two calls. What could not be read
+        is None, and `unavailable` maps its name to the reason.
+        """
+        ...
+
+    def sensors(self) -> list[SensorReport]:
+        """One report for each quantity: how it is measured here, or why it is not."""
+        ...
+
+
+def check_repeats(repeats: int) -> None:
+    """Refuses a sample of no repeats.
+
+    Raises:
+        InputError: repeats is below 1.
+    """
+    if repeats < 1:
+        raise InputError(f"a timed sample has at least 1 repeat, got {repeats}. Pass repeats=1 or more.")
+
+
+def _open_cpu(index: str) -> Device:
+    from .cpu import CpuDevice
+
+    if index:
+        raise _unknown(f"cpu:{index}")
+    return CpuDevice()
+
+
+def _open_cuda(index: str) -> Device:
+    from .cuda import open_cuda
+
+    if index and not index.isdecimal():
+        raise _unknown(f"cuda:{index}")
+    return open_cuda(int(index) if index else None)
+
+
+# kind of device -> what opens it, given the text behind the colon ("" where there is none)
+OPENERS: Mapping[str, Callable[[str], Device]] = {
+    "cpu": _open_cpu,
+    "cuda": _open_cuda,
+}
+
+
+def open_device(name: str) -> Device:
+    """Opens a device by its name.
+
+    Args:
+        name: "cpu", "cuda" (the current CUDA device) or "cuda:N".
+
+    Raises:
+        InputError: there is no such kind of device.
+        UnavailableError: the device is known but not available here.
+    """
+    kind, _, rest = name.partition(":")
+    if kind not in OPENERS or name.endswith(":"):
+        raise _unknown(name)
+    return OPENERS[kind](rest)
+
+
+def list_devices() -> list[str]:
+    """Names of the devices available here, the CPU first."""
+    from .cuda import cuda_names
+
+    return ["cpu", *cuda_names()]
+
+
+def _unknown(name: str) -> InputError:
+    kinds = ", ".join(sorted(OPENERS))
+    here = ", ".join(list_devices())
+    return InputError(f"a device is one of the kinds {kinds}, got {name!r}. Available here: {here}.")

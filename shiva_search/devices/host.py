@@ -1,0 +1,101 @@
+"""What is known of the computer around a device: processor, memory, versions, and who else is using it.
+
+In: /proc, /sys and the operating system. Out: dictionaries ready for JSON; what a system does not tell is None.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import MIB
+
+
+def describe_host(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> dict[str, Any]:
+    """Processor, kernel, cores, memory in MiB, clocks in MHz and versions of what runs the measurement."""
+    cpufreq = sys / "devices/system/cpu/cpu0/cpufreq"
+    clocks = {
+        "cpu_mhz": _number(_cpuinfo(proc, "cpu MHz")),
+        "cpu_max_mhz": _scaled(_number(_line(cpufreq / "cpuinfo_max_freq")), 1e-3),  # the kernel speaks kHz
+        "governor": _line(cpufreq / "scaling_governor"),
+    }
+    return {
+        "device_name": _cpuinfo(proc, "model name") or platform.processor() or platform.machine(),
+        "driver": f"{platform.system()} {platform.release()}",
+        "cores": os.cpu_count(),
+        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB,
+        "clocks": clocks,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "unavailable": {name: "the system does not tell" for name, value in clocks.items() if value is None},
+    }
+
+
+def host_conditions(proc: Path = Path("/proc")) -> dict[str, Any]:
+    """Load, context switches of this process and time stolen by a hypervisor.
+
+    Names that end in `_total` count since the start of the process (switches) or of the system (steal, in seconds).
+    """
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    steal_s = _steal_s(proc)
+    return {
+        "load_1min": os.getloadavg()[0],
+        "voluntary_switches_total": usage.ru_nvcsw,
+        "involuntary_switches_total": usage.ru_nivcsw,
+        "steal_s_total": steal_s,
+        "unavailable": {} if steal_s is not None else {"steal_s_total": f"no steal time in {proc / 'stat'}"},
+    }
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Holds the garbage collector back, whose pauses would otherwise land in single samples."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _steal_s(proc: Path) -> float | None:
+    # "cpu  user nice system idle iowait irq softirq steal ...", in clock ticks over all cores
+    fields = (_line(proc / "stat") or "").split()
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else None
+
+
+def _cpuinfo(proc: Path, key: str) -> str | None:
+    try:
+        text = (proc / "cpuinfo").read_text()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(key)), None)
+
+
+def _line(path: Path) -> str | None:
+    try:
+        return path.read_text().partition("\n")[0].strip()
+    except OSError:
+        return None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

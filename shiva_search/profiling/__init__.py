@@ -1,0 +1,1 @@
+"""From a model and a device to measured costs: blocks, whole forwards, energy, memory, operations."""

@@ -1,0 +1,228 @@
+"""The closed loop: the plan is measured, the error of the prediction fed back, until the budget holds as measured.
+
+In: judged plans, a cost model, a budget, a way to measure. Out: a plan whose measurement holds the budget, with every
+round on record. What the measurement leaves unused is then spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shiva_search.errors import BudgetBrokenError, InfeasibleBudgetError
+from shiva_search.records.budget import Budget
+from shiva_search.records.cost import COST_FIELD
+from shiva_search.records.measurement import Measurement
+from shiva_search.records.plan import Plan
+from shiva_search.search.candidates import Ints, PlanCost, Space
+from shiva_search.search.knapsack import cheapest, said
+
+#: Rounds until the budget holds, and rounds to spend what is left.
+MOST_ROUNDS, SPEND_ROUNDS = 8, 3
+#: Slack below this share of the limit is not worth another measurement.
+SLACK = 0.01
+#: Aimed for below the limit, so that a fresh measurement holds it as well; and what each failed round adds.
+_MARGIN, _TIGHTER = 0.002, 0.005
+
+
+class Chooser(Protocol):
+    """Picks plans under changed costs (run_search.Pool)."""
+
+    def choose(self, space: Space, without: frozenset[bytes]) -> tuple[Ints, float] | None:
+        """The best known plan that holds the space's limits and cannot be topped up, and its error."""
+        ...
+
+
+@dataclass
+class Closed:
+    """What the loop came to.
+
+    Attributes:
+        plan_P, error: the plan.
+        cost: with all corrections.
+        space: costs and limits as corrected: what the plan was last chosen by.
+        measurement: the one that holds the budget.
+        rounds: every round: round, tokens_kept, predicted_ratio, measured_ratio, holds, ...
+        measured: by plan, its measurement.
+    """
+
+    plan_P: Ints
+    error: float
+    cost: PlanCost
+    space: Space
+    measurement: Measurement
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    measured: dict[bytes, Measurement] = field(default_factory=dict)
+
+
+def holds(budget: Budget, measurement: Measurement) -> bool:
+    """Whether a plan holds its budget as measured.
+
+    Shares of the dense model's latency are judged by the upper end of the measured ratio's interval, other shares by
+    the measured values of both, absolute limits by the measured value. What could not be measured breaks nothing.
+    """
+    return all(used <= 1.0 for used in usage(budget, measurement).values())
+
+
+def usage(budget: Budget, measurement: Measurement, *, cautious: bool = False) -> dict[str, float]:
+    """By metric: the share of the limit that a measured plan uses; above 1 breaks it.
+
+    Args:
+        budget: shares and absolute limits; a metric with both counts by the tighter.
+        measurement: of the plan.
+        cautious: take the upper end of the latency's interval for absolute limits as well.
+    """
+    used: dict[str, float] = {}
+    for metric, limit in budget.limits().items():
+        if metric == "mean_keep":
+            rows = measurement.tokens_kept
+            value: float | None = sum(map(sum, rows)) / (len(rows) * len(rows[0]) * rows[0][0])
+        elif metric == "latency_ms" and cautious:
+            value = max(measurement.latency_ms, measurement.latency_ms_high)
+        else:
+            value = getattr(measurement, COST_FIELD[metric])
+        if value is not None:
+            used[metric] = value / limit
+    for metric, share in budget.shares.items():
+        if metric == "latency_ms":
+            ratio: float | None = measurement.ratio_high
+        else:
+            value = getattr(measurement, COST_FIELD[metric])
+            dense = getattr(measurement, f"dense_{COST_FIELD[metric]}")
+            ratio = value / dense if value is not None and dense else None
+        if ratio is not None:
+            used[metric] = max(used.get(metric, 0.0), ratio / share)
+    return used
+
+
+def close_loop(
+    pool: Chooser,
+    cost: PlanCost,
+    budget: Budget,
+    measure: Callable[[Plan], Measurement],
+    *,
+    space_of: Callable[[PlanCost, Mapping[str, float]], Space],
+    plan_of: Callable[[Ints], Plan],
+    progress: Callable[[str], None] | None = None,
+) -> Closed:
+    """Measure, correct, choose again, until the budget holds; then spend the slack.
+
+    Args:
+        pool: chooses plans.
+        cost: the cost model before any correction.
+        budget: what was asked for.
+        measure: applies a plan on the device and measures it interleaved with the dense model.
+        space_of: (cost model, factor on each limit by metric) -> the space to choose in.
+        plan_of: choice indices -> the plan.
+        progress: told after every round.
+
+    Raises:
+        BudgetBrokenError: the floor itself breaks the budget, or the rounds are used up.
+    """
+    say = progress or (lambda line: None)
+    scale: dict[str, float] = {}
+    failed: frozenset[bytes] = frozenset()
+    rounds: list[dict[str, Any]] = []
+    measured: dict[bytes, Measurement] = {}
+    held: Closed | None = None
+    spent = 0
+    space = space_of(cost, scale)
+    while len(rounds) < MOST_ROUNDS + SPEND_ROUNDS:
+        try:
+            chosen = pool.choose(space, failed)
+        except InfeasibleBudgetError:
+            chosen = None
+        if held is not None:
+            better = chosen is not None and chosen[1] < held.error * (1 - 1e-9)
+            if not better or spent >= SPEND_ROUNDS or chosen is None:
+                break
+            spent += 1
+        elif chosen is None or len(failed) >= MOST_ROUNDS:
+            chosen = _last_resort(space, failed)
+            if chosen is None:
+                raise _broken(budget, rounds)
+        plan_P, error = chosen
+        plan = plan_of(plan_P)
+        predicted = cost.predict(plan)
+        measurement = measure(plan)
+        measured[plan_P.tobytes()] = measurement
+        ok = holds(budget, measurement)
+        cost = cost.corrected(plan, measurement.ratio)
+        rounds.append(_round(len(rounds) + 1, plan, predicted.latency_ms, cost, measurement, budget, ok))
+        used = usage(budget, measurement, cautious=True)
+        say(
+            f"round {len(rounds)}: predicted {rounds[-1]['predicted_ratio']:.1%}, measured {measurement.ratio:.1%} of "
+            f"dense, {'holds' if ok else 'breaks'} the budget ({max(used.values(), default=0.0):.1%} of it used)"
+        )
+        if not ok:
+            failed |= {plan_P.tobytes()}
+        scale = _rescaled(scale, space_of(cost, {}), plan_P, used, len(failed))
+        space = space_of(cost, scale)
+        if ok and (held is None or error < held.error):
+            held = Closed(plan_P, error, cost, space, measurement)
+            if 1.0 - max(used.values(), default=1.0) < SLACK:
+                break
+    if held is None:
+        raise _broken(budget, rounds)
+    held.cost, held.space, held.rounds, held.measured = cost, space, rounds, measured
+    return held
+
+
+def _rescaled(
+    before: Mapping[str, float], space: Space, plan_P: Ints, used: Mapping[str, float], failures: int
+) -> dict[str, float]:
+    """Factors on the limits, so that what this plan is now predicted to use of them is what it was measured to use."""
+    scale = dict(before)
+    for metric, measured_use in used.items():
+        if metric not in space.limits or metric in ("memory_mib", "mean_keep"):
+            continue
+        predicted_use = float(space.total(metric, plan_P[None])[0]) / space.limits[metric]
+        scale[metric] = predicted_use / max(measured_use, 1e-9) * (1 - _MARGIN - _TIGHTER * failures)
+    if used.get("memory_mib", 0.0) > 1.0:
+        scale["memory_mib"] = before.get("memory_mib", 1.0) / used["memory_mib"] * (1 - _MARGIN)
+    return scale
+
+
+def _last_resort(space: Space, failed: frozenset[bytes]) -> tuple[Ints, float] | None:
+    """The cheapest plan there is, where it has not been tried: if it breaks the budget, every plan does."""
+    metric = next((m for m in space.limits if m in space.tables), "latency_ms")
+    plan_P = cheapest(space.with_limits(), metric)
+    return None if plan_P is None or plan_P.tobytes() in failed else (plan_P, float("inf"))
+
+
+def _round(
+    number: int,
+    plan: Plan,
+    predicted_ms: float | None,
+    cost: PlanCost,
+    measurement: Measurement,
+    budget: Budget,
+    ok: bool,
+) -> dict[str, Any]:
+    dense_ms = cost.dense.latency_ms
+    return {
+        "round": number,
+        "tokens_kept": [list(row) for row in plan.tokens_kept],
+        "predicted_latency_ms": predicted_ms,
+        "predicted_ratio": predicted_ms / dense_ms if predicted_ms is not None and dense_ms else float("nan"),
+        "measured_latency_ms": measurement.latency_ms,
+        "measured_ratio": measurement.ratio,
+        "measured_ratio_high": measurement.ratio_high,
+        "used": usage(budget, measurement),
+        "holds": ok,
+    }
+
+
+def _broken(budget: Budget, rounds: list[dict[str, Any]]) -> BudgetBrokenError:
+    if not rounds:
+        return BudgetBrokenError("no plan was left to measure; raise the budget")
+    last = min(rounds, key=lambda row: max(row["used"].values(), default=0.0))
+    metric = max(last["used"], key=lambda name: last["used"][name])
+    limit = budget.limits().get(metric)
+    asked = said(metric, limit) if limit is not None else f"{budget.shares[metric]:.1%} of dense"
+    return BudgetBrokenError(
+        f"after {len(rounds)} measured rounds the best plan still uses {last['used'][metric]:.1%} of the {metric} budget "
+        f"of {asked} (measured {last['measured_latency_ms']:.2f} ms, {last['measured_ratio']:.1%} of dense); "
+        "raise the budget, or measure on a quieter machine"
+    )

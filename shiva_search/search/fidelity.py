@@ -1,0 +1,374 @@
+"""What a plan costs in quality. In: a model, a scorer, a fixed batch. Out: errors of plans, cheaply.
+
+The error is the NMSE of the model's output against the dense one, sum ||v_plan - v_dense||^2 / sum ||v_dense||^2, over
+inputs that are the same for every plan (common random numbers) at stratified timesteps (eq. 15). Layers that two plans
+share from the input on are run once; a plan that is clearly worse than a known one is dropped after part of the batch.
+
+Legend: b samples of a chunk, N tokens, D width, S sketch entries.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from shiva_search.errors import InputError
+from shiva_search.models.model import Batch, Model
+from shiva_search.records.plan import Plan
+from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.pruned_block import Controller, Resume
+from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
+from shiva_search.search.candidates import Floats, Rows
+
+Row = tuple[int, ...]
+#: (layer, tokens kept) -> predicted cost of running that block; any unit.
+LayerCost = Callable[[int, int], float]
+
+SKETCH = 1024
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is known of a plan's quality.
+
+    Attributes:
+        error: NMSE over the samples seen; comparable with another plan's error on the same samples.
+        samples: samples seen.
+        complete: whether that is the whole batch.
+        parts: squared error of each sample over the batch's mean dense energy, so that their mean is `error`.
+        sketch: random projection [S] of the output difference on the probe chunks; its squared norm is about their NMSE.
+    """
+
+    error: float
+    samples: int
+    complete: bool
+    parts: Floats
+    sketch: Floats
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Part of the batch, all of one segment, spread evenly over its timesteps."""
+
+    batch: Batch
+    segment: int
+    dense: torch.Tensor
+    energy_b: torch.Tensor
+    weight_b: torch.Tensor
+
+
+class FidelityEvaluator:
+    """Judges plans of one model with one scorer on one batch.
+
+    Args:
+        model: eval mode; its hooks are as before after every call.
+        scorer: ranks the tokens; by name or callable.
+        batch: fixed inputs; larger is less noisy.
+        chunk: samples per forward.
+        segments: timestep segments as intervals of [0, 1]; a row of tokens kept for each.
+        probe: chunks per segment that are always run, and that sketches are made of.
+        layer_cost: counts work by predicted cost, `fixed_cost` being the part outside of blocks; None: by tokens.
+        memory_mib: room for the states of shared prefixes.
+        autocast: compute in this type (torch.bfloat16) where the ranking of plans does not change; None: as it is.
+        weight: (t_b) -> weight of each sample's error, for example what the sampler does with it; None: all alike.
+        sketch: entries of the sketch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        scorer: TokenScorer | str,
+        batch: Batch,
+        chunk: int = 16,
+        *,
+        segments: Sequence[tuple[float, float]] = ((0.0, 1.0),),
+        probe: int = 1,
+        layer_cost: LayerCost | None = None,
+        fixed_cost: float = 0.0,
+        memory_mib: float = 384.0,
+        autocast: torch.dtype | None = None,
+        weight: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        sketch: int = SKETCH,
+    ) -> None:
+        if len(batch) < 1 or chunk < 1:
+            raise InputError(f"judging quality needs at least one sample and chunks of one, got {len(batch)}, {chunk}")
+        self.model, self.batch, self.chunk = model, batch, chunk
+        self.scorer = scorer_by_name(scorer) if isinstance(scorer, str) else scorer
+        self.segments, self.probe, self.autocast, self.sketch_size = tuple(segments), probe, autocast, sketch
+        self._cost = layer_cost or (lambda layer, k: k / model.tokens)
+        self._fixed = fixed_cost
+        self._dense_row: Row = (model.tokens,) * model.layer_count
+        self._prefixes = _Prefixes(memory_mib)
+        self._known: OrderedDict[tuple[int, Row], tuple[torch.Tensor, Floats | None]] = OrderedDict()
+        self._work = 0.0
+        self._plan = Plan.from_rows(model, [self._dense_row])
+        self._chunks = self._prepare(weight)
+        self.energy = float(sum((c.energy_b * c.weight_b).sum() for c in self._chunks))
+
+    @property
+    def forwards(self) -> float:
+        """Work so far, in forward passes of the dense model over the whole batch."""
+        dense = self._fixed + sum(self._cost(layer, k) for layer, k in enumerate(self._dense_row))
+        return self._work / (dense * len(self.batch))
+
+    @property
+    def samples(self) -> int:
+        """Size of the batch."""
+        return len(self.batch)
+
+    def error(self, plan: Plan | Sequence[int] | Sequence[Sequence[int]]) -> float:
+        """NMSE of a plan, or of its row(s) of tokens kept, over the whole batch.
+
+        Raises:
+            InputError: rows do not fit the segments of this evaluator.
+        """
+        return self.judge(self._rows(plan)).error
+
+    def judge(self, rows: Rows, rival: Judged | None = None, patience: float = 2.0) -> Judged:
+        """Judge a plan; stop early where it is clearly worse than `rival`.
+
+        Args:
+            rows: a row of tokens kept per segment.
+            rival: a completely judged plan; None never stops.
+            patience: standard errors (paired over samples, the same inputs for both) by which it must be worse.
+        """
+        parts: list[Floats] = []
+        sketch = np.zeros(self.sketch_size)
+        with torch.no_grad(), self._applied() as controller:
+            for index, chunk in enumerate(self._chunks):
+                squared_b, part = self._run(controller, index, rows[chunk.segment])
+                parts.append(squared_b.double().numpy() * len(self.batch) / self.energy)
+                if part is not None:
+                    sketch += part
+                seen = sum(map(len, parts))
+                if rival is None or index + 1 < self._probe_chunks or seen == len(self.batch):
+                    continue
+                worse = np.concatenate(parts) - rival.parts[:seen]
+                spread = float(worse.std(ddof=1)) / seen**0.5 if seen > 1 else np.inf
+                if float(worse.mean()) > max(patience * spread, 0.02 * rival.error):
+                    break
+        seen_parts = np.concatenate(parts)
+        error, complete = float(seen_parts.mean()), len(seen_parts) == len(self.batch)
+        if not complete and rival is not None:
+            # What is left is as hard for both: the ratio on what was seen carries over.
+            error = rival.error * error / max(float(rival.parts[: len(seen_parts)].mean()), 1e-12)
+        scale = (len(self.batch) / (self._probe_samples * self.energy)) ** 0.5
+        return Judged(error, len(seen_parts), complete, seen_parts, sketch * scale)
+
+    def probe_row(self, segment: int, rows: Sequence[Row]) -> tuple[Floats, Floats]:
+        """Error and sketch of rows in one segment, on the probe chunks alone, in units of the whole batch's NMSE.
+
+        Chunk by chunk, so that one dense pass feeds all rows that share its prefix.
+
+        Returns:
+            errors [R], sketches [R, S].
+        """
+        errors, sketches = np.zeros(len(rows)), np.zeros((len(rows), self.sketch_size))
+        with torch.no_grad(), self._applied() as controller:
+            for index in range(self._probe_chunks):
+                if self._chunks[index].segment != segment:
+                    continue
+                self._run(controller, index, self._dense_row)
+                for row_index, row in enumerate(rows):
+                    squared_b, part = self._run(controller, index, row)
+                    errors[row_index] += float(squared_b.double().sum())
+                    assert part is not None
+                    sketches[row_index] += part
+        scale = len(self.batch) / (self._probe_samples * self.energy)
+        return errors * scale, sketches * scale**0.5
+
+    def _rows(self, plan: Plan | Sequence[int] | Sequence[Sequence[int]]) -> Rows:
+        if isinstance(plan, Plan):
+            rows: Rows = plan.tokens_kept
+        else:
+            nested = plan if plan and isinstance(plan[0], Sequence) else [plan]
+            rows = tuple(tuple(int(k) for k in row) for row in nested)  # type: ignore[union-attr]
+        if len(rows) != len(self.segments) or any(len(row) != self.model.layer_count for row in rows):
+            raise InputError(
+                f"this evaluator takes {len(self.segments)} rows of {self.model.layer_count} entries, "
+                f"got {[len(row) for row in rows]}"
+            )
+        return rows
+
+    def _prepare(self, weight: Callable[[torch.Tensor], torch.Tensor] | None) -> list[_Chunk]:
+        """Split the batch into chunks and run the dense model on each."""
+        t_B = self.batch.t_B.detach().float().cpu()
+        per_segment: list[list[torch.Tensor]] = []
+        for low, high in self.segments:
+            inside = (t_B >= low) & ((t_B < high) | ((t_B >= 1.0) & (high == 1.0)))
+            members = torch.nonzero(inside).flatten()
+            if not len(members):
+                raise InputError(f"no sample has its timestep in segment [{low}, {high}); judge on more samples")
+            members = members[t_B[members].argsort()]
+            count = -(-len(members) // self.chunk)
+            per_segment.append([members[j::count] for j in range(count)])
+        depth = max(map(len, per_segment))
+        order = [(s, parts[j]) for j in range(depth) for s, parts in enumerate(per_segment) if j < len(parts)]
+        self._probe_chunks = sum(min(self.probe, len(parts)) for parts in per_segment)
+        # A segment with fewer chunks than `probe` shifts nothing: chunks are dealt out round by round.
+        chunks = []
+        with torch.no_grad(), self._applied():
+            for segment, members in order:
+                batch = _take(self.batch, members)
+                dense = self._forward(batch)
+                weight_b = torch.ones(len(members)) if weight is None else weight(t_B[members]).float()
+                energy_b = dense.float().flatten(1).square().sum(1).cpu()
+                chunks.append(_Chunk(batch, segment, dense, energy_b, weight_b))
+                self._work += len(members) * (
+                    self._fixed + sum(self._cost(layer, k) for layer, k in enumerate(self._dense_row))
+                )
+        self._probe_samples = sum(len(c.batch) for c in chunks[: self._probe_chunks])
+        return chunks
+
+    @contextmanager
+    def _applied(self) -> Iterator[Controller]:
+        with AppliedPlan(self.model, self._plan, self.scorer, guidance=False) as applied:
+            yield applied.controller
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        if self.autocast is None:
+            return self.model.predict(batch.inputs)
+        with torch.autocast(batch.t_B.device.type, dtype=self.autocast):
+            return self.model.predict(batch.inputs)
+
+    def _run(self, controller: Controller, index: int, row: Row) -> tuple[torch.Tensor, Floats | None]:
+        """Squared error of each sample [b] of a chunk, and on probe chunks the sketch of the difference."""
+        key = (index, row)
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        chunk = self._chunks[index]
+        start = self._prefixes.longest(index, row)
+        controller.rows, controller.resume = (row,), start
+        first = 0 if start is None else start.layer + 1
+        controller.record = frozenset(range(first, min(len(row) - 1, first + self._prefixes.capacity)))
+        controller.recorded = {}
+        output = self._forward(chunk.batch)
+        self._work += len(chunk.batch) * (self._fixed + sum(self._cost(i, row[i]) for i in range(first, len(row))))
+        # Deep layers first: when room is short they are dropped first, being shared by the fewest plans.
+        for layer in sorted(controller.recorded, reverse=True):
+            self._prefixes.put(index, row, controller.recorded[layer])
+        difference = (output.float() - chunk.dense.float()).flatten(1) * chunk.weight_b.sqrt().to(output.device)[:, None]
+        squared_b = difference.square().sum(1).cpu()
+        part = None
+        if index < self._probe_chunks:
+            part = _sketch(difference.flatten(), self.sketch_size, index)
+        self._known[key] = squared_b, part
+        if len(self._known) > 4096:
+            self._known.popitem(last=False)
+        return self._known[key]
+
+
+class _Prefixes:
+    """States after a layer, by chunk and the tokens kept up to there; the least recently used leave first."""
+
+    def __init__(self, memory_mib: float) -> None:
+        self._room = int(memory_mib * 2**20)
+        self._held = 0
+        self._largest = 0
+        self._states: OrderedDict[tuple[int, Row], tuple[Resume, int]] = OrderedDict()
+
+    @property
+    def capacity(self) -> int:
+        """States that fit at all: no more than this many are worth keeping from one forward."""
+        return 1 if not self._largest and self._room else self._room // max(self._largest, 1)
+
+    def longest(self, chunk: int, row: Row) -> Resume | None:
+        for length in range(len(row) - 1, 0, -1):
+            key = (chunk, row[:length])
+            if key in self._states:
+                for shorter in range(length, 0, -1):  # what this one grew from is in use as well
+                    if (chunk, row[:shorter]) in self._states:
+                        self._states.move_to_end((chunk, row[:shorter]))
+                return self._states[key][0]
+        return None
+
+    def put(self, chunk: int, row: Row, state: Resume) -> None:
+        key = (chunk, row[: state.layer + 1])
+        size = _bytes(state)
+        self._largest = max(self._largest, size)
+        if key in self._states or size > self._room:
+            return
+        self._states[key] = (state, size)
+        self._held += size
+        while self._held > self._room:
+            _, (_, freed) = self._states.popitem(last=False)
+            self._held -= freed
+
+
+def _bytes(state: Resume) -> int:
+    outputs = state.output if isinstance(state.output, tuple) else (state.output,)
+    tensors = [item for item in outputs if isinstance(item, torch.Tensor)]
+    if state.history is not None:
+        tensors += [state.history.age_BN, state.history.update_size_BN]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _take(batch: Batch, members: torch.Tensor) -> Batch:
+    """The given samples of a batch."""
+    count = len(batch)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+            return value[members.to(value.device)]
+        if isinstance(value, Mapping):
+            return {name: cut(item) for name, item in value.items()}
+        return value
+
+    return Batch(cut(batch.inputs), cut(batch.t_B), None if batch.target is None else cut(batch.target))
+
+
+@lru_cache(maxsize=32)
+def _hashes(length: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randint(0, size, (length,), generator=generator)
+    signs = torch.randint(0, 2, (length,), generator=generator, dtype=torch.int8) * 2 - 1
+    return slots, signs
+
+
+def _sketch(difference: torch.Tensor, size: int, seed: int) -> Floats:
+    """Count sketch (Charikar et al. 2002): inner products of two sketches estimate those of the vectors."""
+    slots, signs = _hashes(len(difference), size, seed)
+    flat = difference.detach().cpu().float() * signs
+    return torch.zeros(size).index_add_(0, slots, flat).double().numpy()
+
+
+def fidelity(
+    model: Model,
+    plan: Plan,
+    selector: TokenScorer | str | None = None,
+    split: str = "calibration",
+    samples: int = 64,
+    seed: int = 0,
+    chunk: int = 16,
+) -> float:
+    """The quality figure the search minimises: NMSE of the planned model's output against the dense one.
+
+    Args:
+        model: the dense model.
+        plan: tokens kept; its segments decide which row serves which timestep.
+        selector: a scorer or its name; None: "stride".
+        split: "calibration" (the search's own), "evaluation" (held out) or "train".
+        samples: size of the batch, timesteps stratified.
+        seed: same seed, same batch.
+        chunk: samples per forward.
+
+    Returns:
+        0 for a plan that keeps all tokens; 1 is as far off as predicting zero.
+
+    Raises:
+        InputError: the plan is for another model, or a segment has no sample.
+    """
+    plan.check_model(model.fingerprint())
+    batch = model.batch(split, samples, seed)
+    evaluator = FidelityEvaluator(
+        model, selector or "stride", batch, chunk, segments=plan.segments, memory_mib=0.0, sketch=1
+    )
+    return evaluator.error(plan)

@@ -1,0 +1,228 @@
+"""The exact core: with additive cost and separable error, the best plan is a multiple-choice knapsack, solved by HiGHS.
+
+In: a space and an error for each (position, choice). Out: the plan of least error that holds every limit, with its
+proven gap; or the floor and the limit that binds. Legend: P positions, C choices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array, csr_array, vstack
+
+from shiva_search.errors import InfeasibleBudgetError, ShivaError
+from shiva_search.records.budget import option_name
+from shiva_search.search.candidates import Floats, Ints, Space
+
+#: metric -> (what to call it, unit)
+_SAID = {
+    "latency_ms": ("latency", "ms"),
+    "energy_j": ("energy", "J"),
+    "power_w": ("power", "W"),
+    "memory_mib": ("memory", "MiB"),
+    "gflops": ("FLOP", "GFLOP"),
+    "mean_keep": ("mean keep", ""),
+}
+#: HiGHS holds constraints to 1e-6 in absolute terms; in these units that is far below the tolerance of the space.
+_SCALE = 1e4
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved knapsack.
+
+    Attributes:
+        plan_P: choice indices by position.
+        error: sum of the chosen errors.
+        gap: proven relative distance to the optimum; 0 is optimal.
+    """
+
+    plan_P: Ints
+    error: float
+    gap: float
+
+
+def solve(space: Space, errors_PC: Floats, *, time_limit_s: float = 60.0) -> Solution:
+    """The plan of least total error that holds all limits of the space.
+
+    Args:
+        space: choices, costs, limits.
+        errors_PC: error added by each choice [P, C], any finite number; cells beyond a position's choices are ignored.
+        time_limit_s: HiGHS stops here with the best plan found and its gap.
+
+    Raises:
+        InfeasibleBudgetError: no plan fits; names the floor and the limit that binds.
+    """
+    found = _solve(space, errors_PC, time_limit_s)
+    if found is None:
+        raise explain(space)
+    return found
+
+
+def solve_front(
+    space: Space, errors_PC: Floats, metric: str = "latency_ms", points: int = 16, span: tuple[float, float] = (0.0, 1.0)
+) -> list[Solution]:
+    """The exact front of error against one metric: solved again along limits from the floor to the dense model.
+
+    Args:
+        space: other limits of the space hold as well.
+        errors_PC: as in `solve`.
+        metric: an additive metric.
+        points: limits to try; equal solutions are returned once.
+        span: the part of the way from floor (0) to dense (1).
+    """
+    others = {name: limit for name, limit in space.limits.items() if name != metric}
+    free = space.with_limits(**others)
+    low = floor(free, metric)
+    if low is None:
+        return []
+    high = float(space.total(metric, space.dense[None])[0])
+    solutions: dict[bytes, Solution] = {}
+    for share in np.linspace(*span, points):
+        limited = space.with_limits(**others, **{metric: (low + share * (high - low)) * (1 + 1e-9)})
+        found = _solve(limited, errors_PC, 60.0)
+        if found is not None:
+            solutions.setdefault(found.plan_P.tobytes(), found)
+    return list(solutions.values())
+
+
+def cheapest(space: Space, metric: str) -> Ints | None:
+    """The plan of least `metric` that holds the other limits [P]; None where these alone cannot be held."""
+    others = space.with_limits(**{name: limit for name, limit in space.limits.items() if name != metric})
+    if metric == "power_w":
+        return _least_power(others)
+    found = _solve(others, space.tables[metric], 60.0)
+    return None if found is None else found.plan_P
+
+
+def floor(space: Space, metric: str) -> float | None:
+    """The least value of `metric` under the other limits; None where these alone cannot be held."""
+    plan_P = cheapest(space, metric)
+    return None if plan_P is None else float(space.total(metric, plan_P[None])[0])
+
+
+def explain(space: Space) -> InfeasibleBudgetError:
+    """Why no plan fits: the limit that cannot be held alone, else the one that the others push out of reach."""
+    for metric in space.limits:
+        if metric == "memory_mib":
+            continue
+        alone = space.with_limits(**{metric: space.limits[metric]})
+        plan_P = cheapest(alone, metric)
+        assert plan_P is not None  # nothing else is limited
+        if alone.excess(plan_P[None]).popitem()[1][0] > 0:
+            value = float(alone.total(metric, plan_P[None])[0])
+            return infeasible(metric, space.limits[metric], value, describe(space, plan_P))
+    for metric in [m for m in space.limits if m != "memory_mib"]:
+        plan_P = cheapest(space, metric)
+        if plan_P is not None:
+            others = ", ".join(_SAID[name][0] for name in space.limits if name != metric)
+            value = float(space.total(metric, plan_P[None])[0])
+            where = f"{describe(space, plan_P)}, with the budget on {others} held"
+            return infeasible(metric, space.limits[metric], value, where)
+    named = ", ".join(f"{_SAID[metric][0]} {said(metric, limit)}" for metric, limit in space.limits.items())
+    return InfeasibleBudgetError(f"no plan holds these budgets together: {named}; raise two of them or drop one")
+
+
+def infeasible(metric: str, limit: float, least: float, where: str) -> InfeasibleBudgetError:
+    """The refusal that names budget, floor and next step."""
+    return InfeasibleBudgetError(
+        f"{_SAID[metric][0]} budget {said(metric, limit)} is below this model's floor of {said(metric, least, up=True)} "
+        f"({where}). Raise {option_name(metric)} or allow fewer tokens with --min-keep."
+    )
+
+
+def said(metric: str, value: float, up: bool = False) -> str:
+    """A value with its unit, four digits; rounded up where a floor is named, so that the named figure is feasible."""
+    digits = 3 - math.floor(math.log10(abs(value))) if value else 0
+    step = 10.0**-digits
+    # A hair above the value, so that a figure read back from the message still covers it.
+    shown = math.ceil(value / step * (1 + 1e-12)) * step if up else value
+    return f"{shown:.{max(digits, 0)}f} {_SAID[metric][1]}".strip()
+
+
+def describe(space: Space, plan_P: Sequence[int] | Ints) -> str:
+    """A plan in words."""
+    rows = space.rows(plan_P)
+    rest = {k for row in rows for k in row[1:]}
+    if len(rest) == 1:
+        return f"every layer but the first at {rest.pop()} tokens"
+    return "tokens kept " + " / ".join(", ".join(map(str, row)) for row in rows)
+
+
+def _solve(space: Space, errors_PC: Floats, time_limit_s: float) -> Solution | None:
+    """`solve`, with None for infeasible. HiGHS rounds, so a plan that passes a limit by a hair is solved away."""
+    margin = 0.0
+    for _ in range(4):
+        found = _solve_once(space, errors_PC, time_limit_s, margin)
+        if found is None or space.feasible(found.plan_P[None])[0]:
+            return found
+        margin = 2 * margin + 1e-9
+    return None
+
+
+def _solve_once(space: Space, errors_PC: Floats, time_limit_s: float, margin: float) -> Solution | None:
+    # One binary variable per cell; cells whose cost is unknown or that would break a limit alone never enter.
+    used = np.arange(errors_PC.shape[1]) < space.sizes[:, None]
+    rows = space.rows_of_constraints
+    position, choice = np.nonzero(used)
+    count = len(position)
+    objective = errors_PC[position, choice].astype(float)
+    # Only differences within a position matter; in units of the largest one HiGHS's absolute gap of 1e-6 is harmless.
+    least_P = np.array([errors_PC[p, : space.sizes[p]].min() for p in range(space.positions)])
+    relative = objective - least_P[position]
+    span = float(relative.max()) or 1.0
+    one_each = coo_array((np.ones(count), (position, np.arange(count))), shape=(space.positions, count))
+    constraints = [LinearConstraint(csr_array(one_each), 1, 1)]
+    lines, limits = [], []
+    for coefficients_PC, limit in rows.values():
+        line = coefficients_PC[position, choice]
+        # The least choice of each position is taken off, so that the row is about what is really to be decided.
+        base_P = np.array([coefficients_PC[p, : space.sizes[p]].min() for p in range(space.positions)])
+        line, room = line - base_P[position], limit - base_P.sum()
+        scale = _SCALE / max(float(line.max()), 1e-300)
+        allowance = 1e-9 * abs(limit) - margin * abs(limit)
+        if room + 1e-9 * abs(limit) < 0:
+            return None
+        lines.append(csr_array(line[None] * scale))
+        limits.append((room + allowance) * scale)
+    if lines:
+        constraints.append(LinearConstraint(vstack(lines, format="csr"), -np.inf, np.array(limits)))
+    result = milp(
+        relative / span * _SCALE,
+        integrality=np.ones(count),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 0.0, "time_limit": time_limit_s},
+    )
+    if result.status == 2:
+        return None
+    if result.x is None:
+        raise ShivaError(f"the exact solver stopped without a plan: {result.message}; try again or drop a budget")
+    plan_P = np.zeros(space.positions, dtype=np.int64)
+    picked = np.asarray(result.x).reshape(-1)
+    for p in range(space.positions):
+        cells = np.flatnonzero(position == p)
+        plan_P[p] = choice[cells[np.argmax(picked[cells])]]
+    error = float(errors_PC[np.arange(space.positions), plan_P].sum())
+    bound = float(result.mip_dual_bound) * span / _SCALE + float(least_P.sum())
+    gap = max(0.0, (error - bound) / max(abs(error), 1e-12))
+    return Solution(plan_P, error, gap if gap > 1e-7 else 0.0)
+
+
+def _least_power(space: Space) -> Ints | None:
+    """Least energy per latency: Dinkelbach's iteration on energy - power * latency, which ends in a few steps."""
+    power_w, best = math.inf, None
+    for _ in range(50):
+        weight = 1e-3 * (power_w if best is not None else 0.0)
+        found = _solve(space, np.nan_to_num(space.tables["energy_j"] - weight * space.tables["latency_ms"]), 60.0)
+        if found is None:
+            return None
+        reached = float(space.total("power_w", found.plan_P[None])[0])
+        if best is not None and reached >= power_w * (1 - 1e-12):
+            return best
+        power_w, best = reached, found.plan_P
+    return best

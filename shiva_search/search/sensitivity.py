@@ -1,0 +1,125 @@
+"""What pruning one layer does to the output. In: an evaluator, a space. Out: an error and an effect per choice.
+
+Each layer (of each segment) is pruned alone, at a few knots of its choices; the dense prefix up to it is run once. Not
+only the size of the output's change is kept but a sketch of the change itself: to first order the changes of several
+layers add up as vectors, so inner products of the sketches say which layers make each other's errors worse (and
+which undo them) at no further forward pass.
+
+Legend: P positions, C choices, S sketch entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shiva_search.search.candidates import Floats, Space
+from shiva_search.search.fidelity import FidelityEvaluator
+
+#: Shares of tokens at which a layer is really pruned; choices in between are interpolated.
+KNOTS = (0.0, 0.125, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What each choice does when every other layer is dense.
+
+    Attributes:
+        errors_PC: NMSE of the output; unused cells repeat the position's last choice.
+        vectors_PCS: sketch of the output's change, squared norm equal to the error.
+        measured: by position, the choices that were run; others are interpolated.
+    """
+
+    errors_PC: Floats
+    vectors_PCS: Floats
+    measured: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def separable(cls, errors_PC: Floats) -> Effects:
+        """Effects that do not interact: each position has a direction of its own, so that errors simply add up."""
+        positions, choices = errors_PC.shape
+        vectors = np.zeros((positions, choices, positions))
+        vectors[np.arange(positions), :, np.arange(positions)] = np.sqrt(np.maximum(errors_PC, 0.0))
+        return cls(errors_PC, vectors)
+
+
+def knots_of(choices: Sequence[int], tokens: int, shares: Sequence[float] = KNOTS) -> list[int]:
+    """Indices of the choices to run: the ones nearest to the shares, the smallest always, all tokens never."""
+    pruned = [index for index, k in enumerate(choices) if k < tokens]
+    if not pruned:
+        return []
+    nearest = {min(pruned, key=lambda index: abs(choices[index] / tokens - share)) for share in shares}
+    # Next to skipping comes a few tokens, which may well be worse: the smallest k above 0 is an end of its own.
+    ends = {pruned[0], next((index for index in pruned if choices[index] > 0), pruned[0])}
+    return sorted(nearest | ends)
+
+
+def measure_effects(
+    evaluator: FidelityEvaluator,
+    space: Space,
+    shares: Sequence[float] = KNOTS,
+    progress: Callable[[str], None] | None = None,
+) -> Effects:
+    """Prune each layer alone, at a few choices, on the evaluator's probe chunks.
+
+    Args:
+        evaluator: its segments are those of the space.
+        space: positions and choices.
+        shares: where to measure.
+        progress: told once per segment.
+    """
+    width = space.kept.shape[1]
+    errors = np.zeros((space.positions, width))
+    vectors = np.zeros((space.positions, width, evaluator.sketch_size))
+    measured: list[tuple[int, ...]] = []
+    for segment in range(space.segments):
+        jobs: list[tuple[int, int, tuple[int, ...]]] = []
+        for layer in range(space.layers):
+            knots = knots_of(space.choices[layer], space.tokens, shares)
+            measured.append(tuple(knots))
+            for knot in knots:
+                row = [space.tokens] * space.layers
+                row[layer] = space.choices[layer][knot]
+                jobs.append((segment * space.layers + layer, knot, tuple(row)))
+        # Late layers last, so that a job finds the dense prefix it starts from fresh.
+        found_R, sketches_RS = evaluator.probe_row(segment, [row for _, _, row in jobs])
+        for (position, knot, _), error, sketch in zip(jobs, found_R, sketches_RS, strict=True):
+            errors[position, knot] = error
+            vectors[position, knot] = _resized(sketch, error)
+        if progress is not None:
+            progress(f"sensitivities: {len(jobs)} prunings of single layers, {evaluator.forwards:.1f} dense forwards")
+    for position in range(space.positions):
+        _interpolate(space, position, measured[position], errors, vectors)
+    return Effects(errors, vectors, tuple(measured))
+
+
+def _interpolate(space: Space, position: int, knots: Sequence[int], errors: Floats, vectors: Floats) -> None:
+    """Fill the choices between knots: direction and error linear in the tokens kept, zero at all tokens."""
+    choices = space.choices[position % space.layers]
+    full = choices.index(space.tokens) if space.tokens in choices else None
+    known = [*knots] if full is None else [*knots, full]
+    kept = np.array([choices[index] for index in known], dtype=float)
+    for index, k in enumerate(choices):
+        if index in known or not knots:
+            continue
+        right = int(np.searchsorted(kept, k))
+        if right == len(known):  # beyond the last knot, where the memory limit took the larger choices away
+            near = known[-1]
+            errors[position, index], vectors[position, index] = errors[position, near], vectors[position, near]
+            continue
+        left = max(right - 1, 0)
+        share = (k - kept[left]) / max(kept[right] - kept[left], 1.0)
+        a, b = known[left], known[right]
+        errors[position, index] = (1 - share) * errors[position, a] + share * errors[position, b]
+        mixed = (1 - share) * vectors[position, a] + share * vectors[position, b]
+        vectors[position, index] = _resized(mixed, errors[position, index])
+    errors[position, len(choices) :] = errors[position, len(choices) - 1]
+    vectors[position, len(choices) :] = vectors[position, len(choices) - 1]
+
+
+def _resized(vector: Floats, error: float) -> Floats:
+    """The vector with squared norm `error`: sketches give directions, norms are known exactly."""
+    norm = float(np.linalg.norm(vector))
+    return vector * (max(error, 0.0) ** 0.5 / norm) if norm > 0 else vector

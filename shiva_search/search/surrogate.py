@@ -1,0 +1,144 @@
+"""A model of the output's change, learned from the plans judged so far. In: effects and judged plans. Out: predicted errors.
+
+The mean is first order (effects of single layers add up as vectors); what is left over is a Gaussian process with
+vector values, so that each judged plan corrects its neighbourhood, interactions of layers included. Distances between
+plans are distances of their effects: layers that matter count, others do not.
+
+Legend: M plans, P positions, C choices, S sketch entries, n judged plans.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+from shiva_search.search.candidates import Floats, Ints, Space
+from shiva_search.search.sensitivity import Effects
+
+#: Length scales tried, in units of the typical distance between judged plans, and shares of the additive part.
+_LENGTHS = (0.5, 1.0, 2.0, 4.0)
+_ADDITIVE = (0.0, 0.5, 0.9)
+#: Judged plans that are learned from: the latest and the best; older poor ones say little about where the best lie.
+_MOST = 400
+
+
+class Surrogate:
+    """Predicts errors of plans.
+
+    Args:
+        space: positions and choices.
+        effects: first-order effects of every choice.
+    """
+
+    def __init__(self, space: Space, effects: Effects) -> None:
+        self.space = space
+        self.effects = effects
+        # Positions that are always dense or have one choice add nothing; leaving them out keeps the tables small.
+        self._free = space.free
+        self._table = np.ascontiguousarray(effects.vectors_PCS[self._free])
+        norms = (self._table**2).sum(-1)
+        inner = self._table @ self._table.transpose(0, 2, 1)
+        self._squared = np.maximum(norms[:, :, None] + norms[:, None, :] - 2 * inner, 0.0)
+        size = np.sqrt(norms)
+        share = space.kept[self._free] / space.tokens
+        near = np.exp(-0.5 * ((share[:, :, None] - share[:, None, :]) / 0.25) ** 2)
+        self._additive = size[:, :, None] * size[:, None, :] * near / max(float(norms.max()), 1e-12)
+        self._plans: Ints = np.zeros((0, space.positions), dtype=np.int64)
+        self._residuals: Floats = np.zeros((0, self._table.shape[-1]))
+        self._weights: Floats | None = None
+        self.noise = 0.0
+
+    @property
+    def known(self) -> int:
+        """Judged plans that were learned from."""
+        return len(self._plans)
+
+    def fit(self, plans_nP: Ints, errors_n: Floats, sketches: list[Floats | None]) -> None:
+        """Learn from judged plans.
+
+        Args:
+            plans_nP: choice indices.
+            errors_n: judged errors; the best estimate there is of each.
+            sketches: direction of each output's change; None: taken to be the first-order one.
+        """
+        if len(plans_nP) > _MOST:
+            late = np.arange(len(plans_nP) - _MOST // 2, len(plans_nP))
+            best = np.argsort(errors_n[: len(plans_nP) - _MOST // 2], kind="stable")[: _MOST // 2]
+            chosen = np.sort(np.concatenate([best, late]))
+            plans_nP, errors_n = plans_nP[chosen], errors_n[chosen]
+            sketches = [sketches[i] for i in chosen]
+        first = self.first_order(plans_nP)
+        targets = np.array([f if s is None or len(s) != len(f) else s for f, s in zip(first, sketches, strict=True)])
+        norms = np.linalg.norm(targets, axis=1, keepdims=True)
+        targets *= np.sqrt(np.maximum(errors_n, 0.0))[:, None] / np.maximum(norms, 1e-12)
+        self._plans, self._residuals = plans_nP, targets - first
+        self._weights = None
+        if len(plans_nP) < 2:
+            return
+        squared, additive = self._kernels(plans_nP)
+        off_diagonal = squared[np.triu_indices(len(plans_nP), 1)]
+        typical = float(np.median(off_diagonal)) or 1.0
+        best_loss, gram = np.inf, self._residuals @ self._residuals.T
+        for share in _ADDITIVE:
+            for length in _LENGTHS:
+                kernel = self._mix(squared, additive, share, typical * length**2)
+                kernel[np.diag_indices(len(kernel))] += 1e-3 * float(np.mean(np.diag(kernel)))
+                factor = cho_factor(kernel, lower=True)
+                inverse = cho_solve(factor, np.eye(len(kernel)))
+                # Leave one out in closed form: residual_i = (K^-1 r)_i / (K^-1)_ii, squared norms through the Gram matrix.
+                diagonal = np.diag(inverse)
+                left_out = np.einsum("ij,jk,ik->i", inverse, gram, inverse) / diagonal**2
+                loss = float(np.log(np.maximum(left_out, 1e-12)).mean())
+                if loss < best_loss:
+                    best_loss = loss
+                    self._setting, self._inverse = (share, typical * length**2), inverse
+                    self.noise = float((left_out * diagonal).mean())
+        self._weights = self._inverse @ self._residuals
+
+    def first_order(self, plans_MP: Ints) -> Floats:
+        """Sum of the effects [M, S]."""
+        return self._table[np.arange(len(self._free)), plans_MP[:, self._free]].sum(1)
+
+    def change(self, plans_MP: Ints) -> tuple[Floats, Floats]:
+        """Expected change of the output [M, S] and the share of the process's variance left [M]."""
+        mean = self.first_order(plans_MP)
+        if self._weights is None:
+            return mean, np.ones(len(plans_MP))
+        share, scale = self._setting
+        squared, additive = self._kernels(plans_MP, self._plans)
+        cross = self._mix(squared, additive, share, scale)
+        own = (1 - share) + share * self._own(plans_MP)
+        left = own - np.einsum("mn,nk,mk->m", cross, self._inverse, cross, optimize=True)
+        return mean + cross @ self._weights, np.maximum(left, 0.0)
+
+    def predict(self, plans_MP: Ints) -> tuple[Floats, Floats]:
+        """Expected error [M] and a rough standard deviation of it [M]."""
+        plans_MP = np.atleast_2d(plans_MP)
+        mean, left = self.change(plans_MP)
+        size = (mean**2).sum(1)
+        spread = self.noise * left
+        # Part of the unknown change points along the known one, which is what moves the error up and down.
+        return size + 0.5 * spread, np.sqrt(size * spread) * 0.3 + 0.5 * spread
+
+    def errors(self, plans_MP: Ints) -> Floats:
+        """Expected error [M]."""
+        return self.predict(plans_MP)[0]
+
+    def _kernels(self, a_MP: Ints, b_nP: Ints | None = None) -> tuple[Floats, Floats]:
+        b_nP = a_MP if b_nP is None else b_nP
+        squared = np.zeros((len(a_MP), len(b_nP)))
+        additive = np.zeros_like(squared)
+        for row, p in enumerate(self._free):
+            squared += self._squared[row][a_MP[:, p]][:, b_nP[:, p]]
+            additive += self._additive[row][a_MP[:, p]][:, b_nP[:, p]]
+        return squared, additive
+
+    def _own(self, plans_MP: Ints) -> Floats:
+        rows = np.arange(len(self._free))
+        chosen = plans_MP[:, self._free]
+        return self._additive[rows, chosen, chosen].sum(1)
+
+    @staticmethod
+    def _mix(squared: Floats, additive: Floats, share: float, scale: float) -> Floats:
+        distance = np.sqrt(3 * squared / scale)
+        return (1 - share) * (1 + distance) * np.exp(-distance) + share * additive  # Matern 3/2

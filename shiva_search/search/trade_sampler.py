@@ -1,0 +1,198 @@
+"""TradeSampler: an Optuna sampler whose proposals lie on the budget. In: a space and effects. Out: plans to judge.
+
+Layers trade tokens: one gives some up, another takes what that pays for. Proposals start from the best plans judged so
+far, hold every limit as predicted, and never repeat a plan. Usable with any Optuna study whose parameters are named
+by `parameter_name` and hold choice indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from shiva_search.search.candidates import Floats, Ints, Space
+from shiva_search.search.knapsack import solve
+from shiva_search.search.moves import fill, neighbours, repair, trades
+from shiva_search.search.sensitivity import Effects
+from shiva_search.search.sketches import decode
+from shiva_search.search.surrogate import Surrogate
+
+
+def parameter_name(space: Space, position: int) -> str:
+    """Name of a position's parameter: segment and layer."""
+    segment, layer = divmod(position, space.layers)
+    return f"s{segment}.l{layer}"
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """The search space of a study: an index into the choices of each position that has more than one."""
+    return {parameter_name(space, p): IntDistribution(0, int(space.sizes[p]) - 1) for p in map(int, space.free)}
+
+
+def to_params(space: Space, plan_P: Ints) -> dict[str, int]:
+    """Choice indices as parameters of a trial."""
+    return {parameter_name(space, p): int(plan_P[p]) for p in map(int, space.free)}
+
+
+def from_params(space: Space, params: dict[str, Any]) -> Ints:
+    """Inverse of to_params [P]; positions with one choice have index 0."""
+    plan_P = np.zeros(space.positions, dtype=np.int64)
+    for p in map(int, space.free):
+        plan_P[p] = int(params[parameter_name(space, p)])
+    return plan_P
+
+
+class TradeSampler(BaseSampler):
+    """Proposes plans that trade tokens between layers and hold the budget.
+
+    Args:
+        space: choices, costs, limits.
+        effects: first-order effects; `Effects.separable(errors)` will do where only errors are known.
+        seed: same seed and same finished trials, same proposal.
+        explore: share of proposals made by random trades instead of predicted ones.
+        starts: how many of the best plans are traded from.
+    """
+
+    def __init__(self, space: Space, effects: Effects, seed: int = 0, explore: float = 0.05, starts: int = 4) -> None:
+        self.space, self.effects = space, effects
+        self.seed, self.explore, self.starts = seed, explore, starts
+        self.surrogate = Surrogate(space, effects)
+        #: Whether no plan was found that had not been proposed before.
+        self.exhausted = False
+
+    def reseed_rng(self) -> None:
+        """Proposals depend on the trial's number, so parallel workers differ without reseeding."""
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The whole space, known from the start."""
+        return distributions(self.space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A parameter that is not of this space: drawn uniformly."""
+        assert isinstance(param_distribution, IntDistribution)
+        rng = np.random.default_rng([self.seed, trial.number])
+        return int(rng.integers(param_distribution.low, param_distribution.high + 1))
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """A plan that holds the limits and was not proposed before."""
+        if not search_space:
+            return {}
+        trials = study.get_trials(deepcopy=False)
+        names = set(distributions(self.space))
+        tried, judged = set(), []
+        for other in trials:
+            if other.number == trial.number or not names <= other.params.keys():
+                continue
+            plan_P = from_params(self.space, other.params)
+            tried.add(plan_P.tobytes())
+            if other.state == TrialState.COMPLETE:
+                judged.append((plan_P, other.values[0], other.user_attrs))
+        rng = np.random.default_rng([self.seed, trial.number])
+        plan = self.propose(judged, tried, rng)
+        return to_params(self.space, plan)
+
+    def propose(
+        self, judged: Sequence[tuple[Ints, float, dict[str, Any]]], tried: set[bytes], rng: np.random.Generator
+    ) -> Ints:
+        """The next plan to judge [P].
+
+        Args:
+            judged: plan, error, and attributes ("sketch": the direction of its output's change; "complete").
+            tried: plans not to propose again, as bytes of their indices.
+            rng: decides the random part.
+        """
+        space = self.space
+        if judged:
+            plans_nP = np.array([plan for plan, _, _ in judged])
+            errors_n = np.array([error for _, error, _ in judged])
+            self.surrogate.fit(plans_nP, errors_n, [decode(attrs.get("sketch")) for _, _, attrs in judged])
+            holds = np.flatnonzero(space.feasible(plans_nP))
+            best = holds[np.argsort(errors_n[holds], kind="stable")][: self.starts]
+            starts = [plans_nP[i] for i in best]
+        else:
+            starts = []
+        if not starts:
+            starts = [solve(space, self.effects.errors_PC).plan_P]
+        if rng.random() >= self.explore:
+            found = self._predicted(starts, tried, rng)
+            if found is not None:
+                return found
+        found = self._random(starts, tried, rng)
+        if found is None:
+            self.exhausted = True
+            return starts[0]
+        return found
+
+    def _predicted(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
+        """Best untried plan by an optimistic prediction, after a few rounds of exhaustive pair trades from each start."""
+        space, surrogate = self.space, self.surrogate
+        pool: list[Ints] = []
+        for start in starts:
+            plan_P = start
+            for _ in range(3):
+                options = neighbours(space, plan_P)
+                base_S = surrogate.change(plan_P[None])[0][0]
+                change_MS = surrogate.change(options)[0] - base_S
+                pairs = trades(space, plan_P, change_MS, options, base_S, most=48)
+                step = np.concatenate([options[space.feasible(options)], pairs])
+                if not len(step):
+                    break
+                pool.append(step)
+                errors = surrogate.errors(step)
+                best = int(np.argmin(errors))
+                if errors[best] >= surrogate.errors(plan_P[None])[0] * (1 - 1e-6):
+                    break
+                plan_P = fill(space, step[best], surrogate.errors, steps=3)
+                pool.append(plan_P[None])
+        if not pool:
+            return None
+        plans_MP = np.unique(np.concatenate(pool), axis=0)
+        plans_MP = plans_MP[[plan.tobytes() not in tried for plan in plans_MP]]
+        if not len(plans_MP):
+            return None
+        errors, spread = surrogate.predict(plans_MP)
+        # How much the unknown may promise varies from proposal to proposal, from not at all to a standard deviation.
+        promise = errors - rng.uniform(0.0, 1.0) * spread
+        for index in np.argsort(promise, kind="stable")[:8]:
+            filled = fill(space, plans_MP[index], surrogate.errors, steps=3)
+            for plan_P in (filled, plans_MP[index]):
+                if plan_P.tobytes() not in tried and space.feasible(plan_P[None])[0]:
+                    return plan_P
+        return None
+
+    def _random(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
+        """A few random changes to one of the starts, moved back onto the budget; wider and wider until one is new."""
+        space = self.space
+        if not len(space.free):
+            return None
+        for attempt in range(200):
+            plan_P = starts[int(rng.integers(len(starts)))].copy()
+            count = min(len(space.free), 2 + attempt // 20)
+            for p in rng.choice(space.free, size=count, replace=False):
+                plan_P[p] = rng.integers(space.sizes[p])
+            moved = repair(space, plan_P, self._rough(rng))
+            if moved is None:
+                continue
+            if attempt < 100:
+                moved = fill(space, moved, self._rough(rng), steps=space.positions)
+            if moved.tobytes() not in tried:
+                return moved
+        return None
+
+    def _rough(self, rng: np.random.Generator) -> Any:
+        """Predictions with noise, so that moving onto the budget does not always take the same way."""
+
+        def predict(plans_MP: Ints) -> Floats:
+            return np.asarray(self.surrogate.errors(plans_MP) * rng.uniform(0.7, 1.3, len(plans_MP)))
+
+        return predict

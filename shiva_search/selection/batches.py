@@ -1,0 +1,99 @@
+"""What one training step sees. In: a model's training split, a seed, a step. Out: groups of samples, a row of k for each.
+
+Everything is drawn from (seed, step) alone, so a step taken up again after an interruption sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shiva_search.models.model import Batch, Model
+from shiva_search.records.plan import Plan
+
+_STEPS_PER_SEED = 1_000_003  # a prime, so that seeds 0, 1, 2 share no batch in any realistic number of steps
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that share one row of tokens kept: one forward.
+
+    Attributes:
+        batch: the samples.
+        row: tokens kept per layer.
+        share: of the step's samples, in (0, 1].
+    """
+
+    batch: Batch
+    row: tuple[int, ...]
+    share: float
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed of its own for each step."""
+    return seed * _STEPS_PER_SEED + step
+
+
+def draw_batch(model: Model, count: int, seed: int, step: int) -> Batch:
+    """The samples of one step, timesteps stratified over all of them (eq. 15)."""
+    return model.batch("train", count, step_seed(seed, step))
+
+
+def draw_row(
+    layers: int, tokens: int, keep: float, keep_range: tuple[float, float], generator: torch.Generator
+) -> tuple[int, ...]:
+    """A row of tokens kept around a share, as plans look: the first layer dense, then one of two kinds.
+
+    A third of the rows keep the same share in all layers. In the others layers differ (0.2 standard deviation, inside
+    keep_range), and a tenth each are skipped and dense: a router has to rank well behind any such layer.
+    """
+    uniform = torch.rand((), generator=generator).item() < 1 / 3
+    keeps_L = keep + (0.0 if uniform else 0.2) * torch.randn(layers, generator=generator)
+    kept = (keeps_L.clamp(*keep_range) * tokens).long().clamp(1, tokens)
+    fate_L = torch.rand(layers, generator=generator)
+    if not uniform:
+        kept[fate_L < 0.1] = 0
+        kept[fate_L > 0.9] = tokens
+    row: list[int] = kept.tolist()
+    return (tokens, *row[1:])
+
+
+def stratified_groups(
+    model: Model, batch: Batch, groups: int, keep_range: tuple[float, float], generator: torch.Generator
+) -> Iterator[Group]:
+    """Split a batch into groups, each with a share of tokens from its own part of keep_range."""
+    low, high = keep_range
+    width = (high - low) / groups
+    bounds = [len(batch) * index // groups for index in range(groups + 1)]
+    for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        keep = low + width * (index + torch.rand((), generator=generator).item())
+        row = draw_row(model.layer_count, model.tokens, keep, keep_range, generator)
+        if stop > start:
+            yield Group(batch.slice(start, stop), row, (stop - start) / len(batch))
+
+
+def planned_groups(plan: Plan, batch: Batch, size: int) -> Iterator[Group]:
+    """Split a batch by the plan's timestep segments, in pieces of at most `size` samples."""
+    segment_of = [plan.row_at(t) for t in batch.t_B.tolist()]
+    for segment, row in enumerate(plan.tokens_kept):
+        rows = [index for index, found in enumerate(segment_of) if found == segment]
+        if rows:
+            for piece in take(batch, rows).chunks(size):
+                yield Group(piece, row, len(piece) / len(batch))
+
+
+def take(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The samples of the given indices, in that order."""
+    count, rows_R = len(batch), torch.tensor(rows)
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+            return value[rows_R.to(value.device)]
+        if isinstance(value, Mapping):
+            return {name: pick(item) for name, item in value.items()}
+        return value
+
+    return Batch(pick(batch.inputs), pick(batch.t_B), None if batch.target is None else pick(batch.target))

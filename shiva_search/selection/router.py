@@ -1,0 +1,266 @@
+"""The trained scorer. In: tokens, time, condition and history of a layer. Out: importance [B, N], high is kept.
+
+Legend: B samples, N tokens, D token width, C condition width, E bottleneck, T time features, F history features.
+Equation numbers are those of Shiva-DiT, arXiv 2602.05605.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from shiva_search.errors import InputError
+from shiva_search.models.model import Model
+from shiva_search.records.files import write_atomic
+from shiva_search.runtime.scorers import History, Stride
+
+SCHEMA_VERSION = 1
+FEATURES = ("age", "update_size", "spread")
+_KIND = "shiva-search router"
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """The shape of a router.
+
+    Attributes:
+        width: D, width of the tokens.
+        condition_width: C, width of the backbone's condition.
+        layers: blocks of the model.
+        bottleneck: E, the width everything is projected to.
+        group: adjacent layers that share one set of weights, told apart by their embedding.
+        time_features: T, sines and cosines of the timestep (even).
+        features: what else is known of a token, beyond the paper. "age": how many layers ago it was last processed;
+            "update_size": how far the layer before moved it; "spread": where it stands in the even spread that
+            `stride` keeps, a pattern that a router starts from and learns to depart from.
+
+    Raises:
+        InputError: a size below 1 or an unknown feature.
+    """
+
+    width: int
+    condition_width: int
+    layers: int
+    bottleneck: int = 64
+    group: int = 2
+    time_features: int = 64
+    features: tuple[str, ...] = ("age", "spread")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(self.features))
+        for name in ("width", "condition_width", "layers", "bottleneck", "group", "time_features"):
+            if getattr(self, name) < 1:
+                raise InputError(f"a router's {name} is at least 1, got {getattr(self, name)}")
+        unknown = [name for name in self.features if name not in FEATURES]
+        if unknown or self.time_features % 2:
+            raise InputError(
+                f"a router's features are some of {', '.join(FEATURES)} and time_features is even, "
+                f"got {list(self.features)} and {self.time_features}"
+            )
+
+
+class _Unit(nn.Module):
+    """The weights that one group of layers shares (eq. 8, 9)."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        wide = config.bottleneck
+        history = [name for name in config.features if name != "spread"]
+        self.tokens = nn.Linear(config.width, wide, bias=False)  # P_x
+        self.time = nn.Linear(config.time_features, wide)  # P_t
+        self.condition = nn.Linear(config.condition_width, wide, bias=False)  # P_c
+        self.layer = nn.Embedding(config.group, wide)  # P_l and the layer embedding in one
+        self.history = nn.Linear(len(history), wide, bias=False) if history else None
+        # A bias would raise all scores alike. Starting small lets the even spread, or noise, choose at first.
+        self.score = nn.Parameter(torch.randn(wide) * 0.1 / math.sqrt(wide))  # w
+        self.spread = nn.Parameter(torch.ones(config.group)) if "spread" in config.features else None
+
+
+class Router(nn.Module):
+    """Scores tokens: h = P_t(t) + P_c(condition) + P_l(layer), s_i = w . LayerNorm(SiLU(P_x(x_i) + h)) (eq. 8, 9).
+
+    A TokenScorer: `router(x_BND, t_B, condition_BC, layer, history=...)`. Tokens are normalised first, since their
+    size grows from layer to layer, and may come in any floating dtype; scores are float32. Shapes are static and
+    nothing is synchronised. No gradient flows back into the tokens: a router learns from what its own choice did.
+
+    Attributes:
+        config: shape.
+        uses_history: whether the runtime should keep a History for it.
+        model: fingerprint of the model it was made for; empty where unknown.
+        origin: how it was trained, JSON-able.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.uses_history = any(name != "spread" for name in config.features)
+        self.model: Mapping[str, Any] = {}
+        self.origin: dict[str, Any] = {}
+        self.units = nn.ModuleList(_Unit(config) for _ in range(math.ceil(config.layers / config.group)))
+        self._stride = Stride()
+
+    @classmethod
+    def for_model(cls, model: Model, seed: int = 0, **shape: Any) -> Router:
+        """An untrained router for a model, on its device; one forward finds the widths.
+
+        Args:
+            model: the model.
+            seed: same seed, same weights.
+            **shape: fields of RouterConfig that differ from its defaults.
+
+        Raises:
+            InputError: layers of different widths, or a bad shape.
+        """
+        width, condition_width = _widths(model)
+        config = RouterConfig(width, condition_width, model.layer_count, **shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            router = cls(config)
+        router.model = model.fingerprint()
+        return router.to(next(model.module.parameters()).device)
+
+    def forward(
+        self,
+        x_BND: torch.Tensor,
+        t_B: torch.Tensor,
+        condition_BC: torch.Tensor,
+        layer: int,
+        history: History | None = None,
+    ) -> torch.Tensor:
+        """Scores [B, N], float32.
+
+        Args:
+            x_BND: tokens as they enter the layer, any floating dtype.
+            t_B: normalised time in [0, 1], 1 is noise.
+            condition_BC: the backbone's own embedding of timestep and condition.
+            layer: index of the layer.
+            history: what happened to the tokens so far; None stands for nothing yet.
+        """
+        unit: _Unit = self.units[layer // self.config.group]  # type: ignore[assignment]
+        x_BND = x_BND.detach()
+        # Scores decide near-ties, so they are kept out of a surrounding autocast.
+        with torch.autocast(x_BND.device.type, enabled=False):
+            h_BE = (
+                unit.time(sinusoid(t_B.float(), self.config.time_features))
+                + unit.condition(condition_BC.detach().float())
+                + unit.layer.weight[layer % self.config.group]
+            )
+            normalised_BND = F.layer_norm(x_BND, x_BND.shape[-1:])
+            hidden_BNE = F.linear(normalised_BND, unit.tokens.weight.to(x_BND.dtype)).float() + h_BE[:, None]
+            if unit.history is not None and history is not None:
+                hidden_BNE = hidden_BNE + unit.history(self._history(history))
+            scores_BN = F.layer_norm(F.silu(hidden_BNE), hidden_BNE.shape[-1:]) @ unit.score
+            if unit.spread is not None:
+                spread_BN = self._stride(x_BND, t_B, condition_BC, layer)
+                scores_BN = scores_BN + unit.spread[layer % self.config.group] * spread_BN
+        return scores_BN
+
+    def _history(self, history: History) -> torch.Tensor:
+        """[B, N, F], on a logarithmic scale: one layer more matters most for a token just processed."""
+        named = {"age": history.age_BN, "update_size": history.update_size_BN}
+        return torch.stack([named[name].float().log1p() for name in self.config.features if name in named], dim=-1)
+
+    def check_model(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse a foreign model.
+
+        Raises:
+            InputError: names what differs.
+        """
+        differing = [
+            f"{name} is {self.model[name]!r} in the selector and {fingerprint.get(name)!r} in the model"
+            for name in ("architecture", "config_hash", "layers", "weights_hash")
+            if name in self.model and self.model[name] != fingerprint.get(name)
+        ]
+        if differing:
+            raise InputError(f"this selector was trained for another model: {'; '.join(differing)}; train it again")
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with the shape, the model's fingerprint and the origin as metadata, atomically.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        metadata = {
+            "kind": _KIND,
+            "schema_version": str(SCHEMA_VERSION),
+            "config": json.dumps(asdict(self.config)),
+            "model": json.dumps(dict(self.model)),
+            "origin": json.dumps(self.origin),
+        }
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        write_atomic(Path(path), lambda temporary: save_file(state, temporary, metadata=metadata))
+
+
+def load_selector(path: str | Path) -> Router:
+    """Read a router from its file, or from selector.safetensors in a run's folder.
+
+    Raises:
+        InputError: missing, unreadable, not a router, or of another schema version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "selector.safetensors"
+    again = "train it again with `shiva-search train`"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except OSError as error:
+        raise InputError(f"cannot read selector {path}: {error.strerror or error}; check the path") from error
+    except SafetensorError as error:
+        raise InputError(f"selector {path} is not a safetensors file ({error}); {again}") from error
+    if metadata.get("kind") != _KIND:
+        raise InputError(f"{path} holds no selector of shiva-search; {again}")
+    if metadata.get("schema_version") != str(SCHEMA_VERSION):
+        version = metadata.get("schema_version")
+        raise InputError(f"selector {path} has schema_version {version}, this release reads {SCHEMA_VERSION}; {again}")
+    try:
+        known = {item.name for item in fields(RouterConfig)}
+        shape = {name: value for name, value in json.loads(metadata["config"]).items() if name in known}
+        router = Router(RouterConfig(**shape))
+        router.load_state_dict(state)
+        router.model, router.origin = json.loads(metadata["model"]), json.loads(metadata.get("origin", "{}"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"selector {path} is damaged: {str(error).splitlines()[0]}; {again}") from error
+    return router.eval().requires_grad_(False)
+
+
+def sinusoid(t_B: torch.Tensor, features: int) -> torch.Tensor:
+    """Cosines and sines [B, features] of normalised time in [0, 1], periods from 0.001 to 6 of it, geometric."""
+    half = features // 2
+    frequency_H = torch.exp(torch.linspace(0.0, math.log(1000.0), half, device=t_B.device))
+    angle_BH = t_B[:, None] * frequency_H
+    return torch.cat([angle_BH.cos(), angle_BH.sin()], dim=-1)
+
+
+def _widths(model: Model) -> tuple[int, int]:
+    """D and C, from one forward of the example."""
+    found: set[tuple[int, int]] = set()
+    hooks = []
+    for layer in model.layers:
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: Any = layer) -> None:
+            named = {**kwargs, **dict(zip(layer.arguments, args, strict=False))}
+            condition_BC = layer.adapter.condition(module, named)
+            found.add((named[layer.adapter.tokens].shape[-1], condition_BC.shape[-1]))
+
+        hooks.append(layer.module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            model.predict(model.example())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(found) != 1:
+        raise InputError(f"a router needs layers of one token and one condition width, found {sorted(found)}")
+    return found.pop()

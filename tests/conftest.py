@@ -1,0 +1,27 @@
+"""What all tests share: no hub, no screen, property tests without a stopwatch, and the skip of `cuda` tests."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+# Before any test imports torch, diffusers or matplotlib: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+# The first example of a property pays for torch's start-up, which a deadline would call flaky. CI repeats the same
+# examples each time; elsewhere new ones are tried.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

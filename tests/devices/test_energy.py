@@ -1,0 +1,132 @@
+"""The meter on sources whose every joule is known."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shiva_search.devices.energy import CounterSource, EnergyMeter, IntegratedPower, SensorError
+
+
+def no_wait() -> None: ...
+
+
+class Work:
+    """Energy that each run adds, told in steps of a quantum."""
+
+    def __init__(self, run_j: float, quantum_j: float) -> None:
+        self.run_j = run_j
+        self.quantum_j = quantum_j
+        self.spent_j = 0.0
+
+    def run(self) -> None:
+        self.spent_j += self.run_j
+
+    def told_j(self) -> float:
+        return self.spent_j // self.quantum_j * self.quantum_j
+
+    def source(self, slowest_update_s: float = 0.2) -> CounterSource:
+        return CounterSource("test counter", self.told_j, slowest_update_s)
+
+
+@given(run_j=st.floats(0.01, 10), quantum_j=st.floats(0.01, 10), start_j=st.floats(0, 100), ticks=st.integers(5, 20))
+def test_error_is_at_most_one_step_of_the_counter(run_j: float, quantum_j: float, start_j: float, ticks: int) -> None:
+    work = Work(run_j, quantum_j)
+    work.spent_j = start_j
+    sample = EnergyMeter(work.source(), no_wait, min_ticks=ticks, poll_s=0, idle_s=0).measure(work.run, 0.0)
+    assert sample.energy_j_per_run is not None and sample.reason is None
+    assert sample.ticks == ticks
+    assert abs(sample.energy_j_per_run - run_j) * sample.runs <= quantum_j * (1 + 1e-6)
+
+
+def test_readings_cover_finished_runs_only() -> None:
+    """Work that only the wait carries out, as a GPU's queue does."""
+    work = Work(run_j=2.0, quantum_j=1.0)
+    queued = 0
+
+    def queue() -> None:
+        nonlocal queued
+        queued += 1
+
+    def finish() -> None:
+        nonlocal queued
+        while queued:
+            work.run()
+            queued -= 1
+
+    sample = EnergyMeter(work.source(), finish, poll_s=0.001, idle_s=0).measure(queue, 0.02)
+    assert sample.energy_j_per_run == pytest.approx(2.0)
+
+
+def test_long_runs_need_fewer_updates() -> None:
+    """A run of 40 ms on a counter that updates every millisecond: an update at each poll, none missed."""
+    work = Work(run_j=8.0, quantum_j=0.2)
+
+    def run() -> None:
+        time.sleep(0.04)
+        work.run()
+
+    source = work.source(slowest_update_s=0.002)
+    sample = EnergyMeter(source, no_wait, min_ticks=50, idle_s=0).measure(run, 0.05)
+    assert sample.energy_j_per_run == pytest.approx(8.0)
+    assert sample.ticks == sample.runs < 50
+    assert sample.seconds >= 0.05
+
+
+def test_short_runs_are_polled_in_batches() -> None:
+    work = Work(run_j=0.001, quantum_j=0.0005)
+    polls = 0
+
+    def count() -> None:
+        nonlocal polls
+        polls += 1
+
+    sample = EnergyMeter(work.source(), count, poll_s=0.005, idle_s=0).measure(work.run, 0.1)
+    assert sample.energy_j_per_run == pytest.approx(0.001)
+    assert sample.runs > 20 * polls
+
+
+def test_idle_power_is_measured_once_and_without_the_run() -> None:
+    begun = time.perf_counter()
+    source = CounterSource("clock", lambda: 50.0 * (time.perf_counter() - begun), 0.2)
+    meter = EnergyMeter(source, no_wait, min_ticks=3, poll_s=0.002, idle_s=0.1)
+    started = time.perf_counter()
+    first = meter.measure(lambda: time.sleep(0.001), 0.02)
+    assert time.perf_counter() - started >= 0.1
+    second = meter.measure(lambda: time.sleep(0.001), 0.02)
+    assert first.idle_power_w == second.idle_power_w == pytest.approx(50, rel=0.1)
+    assert first.power_w == pytest.approx(50, rel=0.1)
+
+
+def test_an_error_of_the_run_is_the_callers_and_leaves_no_thread() -> None:
+    def run() -> None:
+        raise ZeroDivisionError
+
+    before = threading.active_count()
+    source = IntegratedPower("power", lambda: 1.0, settle_s=0)
+    with pytest.raises(ZeroDivisionError):
+        EnergyMeter(source, no_wait, idle_s=0).measure(run, 0.0)
+    assert threading.active_count() == before
+
+
+def test_power_is_integrated_by_the_trapezoid_between_its_changes() -> None:
+    begun = time.perf_counter()
+    # 100 W and rising by 1000 W a second, told every 10 ms: the mean over a window is its value in the middle.
+    source = IntegratedPower("ramp", lambda: 100 + 10 * ((time.perf_counter() - begun) // 0.01), settle_s=0)
+    sample = EnergyMeter(source, no_wait, poll_s=0, idle_s=0).measure(lambda: time.sleep(0.001), 0.3)
+    ended = time.perf_counter()
+    assert sample.power_w == pytest.approx(100 + 1000 * (ended - begun - sample.seconds / 2), rel=0.15)
+
+
+def test_a_failing_sensor_is_a_reason_and_no_error() -> None:
+    def broken() -> float:
+        raise SensorError("the sensor is on fire. Put it out.")
+
+    for source in (CounterSource("broken", broken, 0.2), IntegratedPower("broken", broken, settle_s=0)):
+        sample = EnergyMeter(source, no_wait, idle_s=0).measure(lambda: time.sleep(0.001), 0.0)
+        assert (sample.energy_j_per_run, sample.power_w) == (None, None)
+        assert sample.reason == "the sensor is on fire. Put it out."
