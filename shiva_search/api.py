@@ -160,7 +160,8 @@ def apply_plan(
         plan: a Plan, plan.json, or a run's folder.
         selector: a scorer by name, a callable, a trained selector; None takes the plan's own where it has one, else
             "stride".
-        guidance: whether the batch holds two halves that share one selection; None takes the plan's workload.
+        guidance: whether the two halves of a batch share one selection; None: where both hold the same images, as
+            pipelines build them for guidance.
 
     Raises:
         InputError: the plan does not fit the model.
@@ -231,7 +232,11 @@ def _as_model(target: Any, plan: Plan) -> Model:
             f"apply_plan takes a Model, a diffusers transformer or a pipeline with one, got {type(target).__name__}; "
             "wrap other transformers with shiva_search.wrap(module, example=...)"
         )
-    workload = Workload.from_dict(dict(plan.workload)) if plan.workload else family.defaults(dict(module.config))
+    if plan.workload:
+        workload = Workload.from_dict(dict(plan.workload))
+    else:  # a plan made by hand
+        config = dict(module.config)
+        workload = family.defaults(config).override(resolution=family.resolution_of(config, plan.tokens))
     return Model(module, type(module).__name__, family, workload)
 
 

@@ -135,6 +135,7 @@ def optimize(
         int | None, typer.Option(help="Steps of router warm-up [kept from before, or 180].", min=0)
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Use this recorded profile.")] = None,
+    profile_seconds: Annotated[float, typer.Option(help="Time to spend profiling.", min=1)] = 60.0,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL; other workers can join.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder [reports/<model>-<budget>].")] = None,
     seed: SeedOption = 0,
@@ -166,6 +167,7 @@ def optimize(
         train_steps=train_steps,
         warmup_steps=warmup_steps,
         profile=None if profile is None else str(profile),
+        profile_seconds=profile_seconds,
         storage=storage,
         seed=seed,
     )

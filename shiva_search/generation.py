@@ -1,4 +1,4 @@
-"""Images from the dense and the planned model side by side. In: a model, a plan, a selector. Out: pixels and figures."""
+"""Images from the dense and the planned model side by side. In: model, plan, selector. Out: pixels and figures."""
 
 from __future__ import annotations
 

@@ -21,15 +21,16 @@ import torch
 from rich.console import Console
 
 from shiva_search import __version__
-from shiva_search.cost.cost_model import CostModel, fit_cost_model
+from shiva_search.cost.cost_model import CostModel, fit_cost_model, load_cost_model
 from shiva_search.devices import list_devices, open_device
-from shiva_search.errors import BudgetBrokenError, InputError, ShivaError
+from shiva_search.errors import BudgetBrokenError, InfeasibleBudgetError, InputError, ShivaError
 from shiva_search.generation import generate_pairs
 from shiva_search.models.catalog import list_models, load_model, shipped_router
 from shiva_search.models.model import Model
 from shiva_search.profiling.block_profiler import profile_model
 from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.budget import Budget
+from shiva_search.records.cost import CostEstimate
 from shiva_search.records.files import check_folder_writable, read_json, write_json
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
@@ -37,8 +38,10 @@ from shiva_search.records.profile import Profile, load_profile
 from shiva_search.records.run import RunFolder
 from shiva_search.reporting import plots, tables
 from shiva_search.reporting.html import build_report
+from shiva_search.runtime.scorers import SCORERS, TokenScorer
 from shiva_search.search import check_budget, holds, join_study, search
 from shiva_search.search.fidelity import fidelity
+from shiva_search.search.whole_blocks import WholeBlocks
 from shiva_search.selection.router import Router, load_selector
 from shiva_search.selection.training import tune, warm_up
 
@@ -79,6 +82,7 @@ class Settings:
     train_steps: int = 60
     warmup_steps: int | None = None
     profile: str | None = None
+    profile_seconds: float = 60.0
     storage: str | None = None
     seed: int = 0
 
@@ -176,7 +180,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
         if settings.profile:
             cost = fit_cost_model(load_profile(folder))
         else:
-            _, cost = _profile(model, device, folder, 60.0, settings.seed, resume, progress)
+            _, cost = _profile(model, device, folder, settings.profile_seconds, settings.seed, resume, progress)
     check_budget(model, cost, budget, min_keep=settings.min_keep, segments=settings.segments)
     write_json(run.path / "run.json", {"schema_version": 1, "settings": asdict(settings), "version": __version__})
     cost.save(run.path)
@@ -205,6 +209,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     plan = result.plan.with_(
         device=device.name,
         workload=model.workload.as_dict(),
+        predicted={**result.plan.predicted, "dense_latency_ms": (result.cost or cost).dense.latency_ms},
         budget=budget.resolve(cost.dense).as_dict() | ({"shares": dict(budget.shares)} if budget.shares else {}),
         origin={
             "settings": settings.digest(),
@@ -225,6 +230,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
             )  # fmt: skip
             curve = [*curve, *tuned]
     router.save(run.selector)
+    (run.path / ".tune.pt").unlink(missing_ok=True)  # done: a later training starts from the selector
     if curve:
         tables.write_training(run.training_csv, curve)
 
@@ -272,6 +278,7 @@ def _warm_router(
         model, steps=steps, seed=settings.seed, checkpoint=folder / ".warm_up.pt", progress=progress
     )
     router.save(kept)
+    (folder / ".warm_up.pt").unlink(missing_ok=True)
     return router, curve
 
 
@@ -301,6 +308,7 @@ def _finish(
         "plan": "chosen",
         "tokens_kept": [list(k) for k in plan.tokens_kept],
         "predicted_latency_ms": plan.predicted.get("latency_ms"),
+        "predicted_ratio": _share(plan.predicted.get("latency_ms"), plan.predicted.get("dense_latency_ms")),
         "holds": kept,
         **{name: value for name, value in final.as_dict().items() if name in tables.MEASUREMENTS},
     }
@@ -315,7 +323,7 @@ def _finish(
             "model": model.fingerprint(),
             "device": device.describe(),
             "workload": model.workload.as_dict(),
-            "budget": dict(plan.budget),
+            "budget": {**budget.resolve(_dense_cost(final)).as_dict(), "shares": dict(budget.shares)},
             "holds": kept,
             "dense": dense,
             "predicted": dict(plan.predicted),
@@ -331,6 +339,17 @@ def _finish(
             "plan": str(run.plan),
             "tokens_kept": [list(k) for k in plan.tokens_kept],
         },
+    )
+
+
+def _dense_cost(measured: Measurement) -> CostEstimate:
+    """The dense model's cost in the measurement: what a share of it means here and now."""
+    return CostEstimate(
+        latency_ms=measured.dense_latency_ms,
+        energy_j=measured.dense_energy_j,
+        power_w=measured.dense_power_w,
+        peak_memory_mib=measured.dense_peak_memory_mib,
+        gflops=measured.dense_gflops,
     )
 
 
@@ -407,6 +426,7 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
         run.model, start, run.plan, steps=train_steps, seed=seed, checkpoint=checkpoint, progress=progress
     )
     router.save(run.folder.selector)
+    checkpoint.unlink(missing_ok=True)
     known = tables.read_rows(run.folder.training_csv) or []
     tables.write_training(run.folder.training_csv, [*known, *curve])
     error = fidelity(run.model, run.plan, router, split="evaluation", samples=EVALUATION_SAMPLES, seed=seed)
@@ -433,6 +453,62 @@ def measure_command(path: Path, *, device: str | None, seconds: float, seed: int
         before.get("seconds", {}), before.get("note"),
     )  # fmt: skip
     return _answer(run.folder)
+
+
+def compare_command(path: Path, *, seconds: float, seed: int, progress: Progress) -> Answer:
+    """`shiva-search compare RUN`: the plan against the alternatives a user has, on one device in one run."""
+    run = _open_run(path)
+    model, plan, budget = run.model, run.plan, run.budget
+    cost = load_cost_model(path)
+    trained = run.scorer()
+    rows: list[tuple[str, Plan, TokenScorer | str]] = [("searched plan, trained selector", plan, trained)]
+    rows += [(f"searched plan, {name}", plan, name) for name in SCORERS]
+    progress("choosing plans of the same latency: uniform keep, and whole blocks skipped")
+    uniform = _uniform_like(model, cost, plan)
+    rows += [("uniform keep, trained selector", uniform, trained), ("uniform keep, stride", uniform, "stride")]
+    target = Budget(latency_ms=cost.predict(plan).latency_ms)
+    try:
+        skipping = search(
+            model, WholeBlocks(cost), target, trials=40, seed=seed, scorer="stride", progress=progress
+        ).plan
+        rows.append(("whole blocks skipped", skipping, "stride"))
+    except InfeasibleBudgetError:
+        progress("no plan that only skips whole blocks is as fast")
+    rows.append(("dense", Plan.dense(model), "stride"))
+    progress(f"measuring {len(rows)} alternatives for {seconds:.0f} s")
+    copies = [candidate.with_() for _, candidate, _ in rows]
+    scorer_of = {id(copy): scorer for copy, (_, _, scorer) in zip(copies, rows, strict=True)}
+    measured = measure_plans(
+        model, copies, run.device, scorer_for=lambda p: scorer_of[id(p)], seconds=seconds, seed=seed
+    )
+    table = []
+    for (name, candidate, scorer), found in zip(rows, measured, strict=True):
+        error = fidelity(model, candidate, scorer, split="evaluation", samples=EVALUATION_SAMPLES, seed=seed)
+        progress(f"{name}: {found.ratio:.1%} of dense, error {error:.4f}")
+        table.append(
+            {
+                "method": name,
+                "settings": [list(row) for row in candidate.tokens_kept],
+                **{
+                    field: getattr(found, field)
+                    for field in ("latency_ms", "latency_ms_low", "latency_ms_high", "ratio")
+                },
+                "error": error,
+                "note": "holds the budget" if holds(budget, found) else "breaks the budget",
+            }
+        )
+    tables.write_compare(run.folder.compare, table)
+    build_report(path)
+    lines = [f"{row['method']:<34} {row['ratio']:7.1%}  error {row['error']:.4f}  {row['note']}" for row in table]
+    return Answer({"run": str(path), "alternatives": table}, lambda: "\n".join(lines))
+
+
+def _uniform_like(model: Model, cost: CostModel, plan: Plan) -> Plan:
+    """The uniform plan with the most tokens that is predicted to be no slower than a plan."""
+    limit_ms = cost.predict(plan).latency_ms or 0.0
+    shares = [kept / model.tokens for kept in sorted(range(1, model.tokens + 1), reverse=True)]
+    plans = (Plan.uniform(model, share) for share in shares)
+    return next((p for p in plans if (cost.predict(p).latency_ms or 0.0) <= limit_ms), Plan.uniform(model, shares[-1]))
 
 
 def report_command(path: Path) -> Answer:
@@ -521,6 +597,10 @@ def worker_command(path: Path, *, storage: str, study: str, trials: int | None, 
     router, _ = _warm_router(model, settings, folder, progress)
     done = join_study(storage, study, model, scorer=router, trials=trials, progress=progress)
     return Answer({"study": study, "trials": done}, lambda: f"{done} plans judged for study {study}")
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
 
 
 def _numbers(values: Any) -> dict[str, float]:

@@ -36,8 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "search": FOUNDATION | {"cost", "runtime", "models"},
     "selection": FOUNDATION | {"runtime", "models", "cost"},
     "reporting": FOUNDATION,
-    "api": FOUNDATION | STAGES,
-    "cli": FOUNDATION | {"api", "devices", "models"},
+    "generation": FOUNDATION | {"models", "runtime"},
+    "workflow": FOUNDATION | STAGES | {"generation"},
+    "api": FOUNDATION | STAGES | {"workflow", "generation"},
+    "cli": FOUNDATION | {"api", "devices", "models", "workflow"},
     "__init__": FOUNDATION | STAGES | {"api"},
     "__main__": {"cli"},
 }
@@ -150,7 +152,7 @@ def test_file_keeps_to_the_import_directions(file: str) -> None:
 
 
 def test_every_room_is_there() -> None:
-    assert ROOMS_ON_DISK == MAY_IMPORT.keys()
+    assert MAY_IMPORT.keys() == ROOMS_ON_DISK
 
 
 def test_directions_have_no_circle() -> None:

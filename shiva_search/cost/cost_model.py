@@ -36,7 +36,7 @@ class CostModel(CostTable):
         evidence: blocks and plans behind the latency.
         held_out: relative errors on plans left out of the fit: plans, median_error, p95_error, bias; or the reason why
             there are none.
-        corrections: what the fit folded in: scale, overhead_ms, fixed_ms.
+        corrections: what the fit folded in: scale, overhead_ms (layers that run), pruned_ms (pruned layers), fixed_ms.
         edges: right edges of cost steps, by signature.
         power: watts by signature and count, from which energy is folded in again after a correction; None: no sensor.
         alignment: tokens a kernel's tile spans.
@@ -65,7 +65,7 @@ class CostModel(CostTable):
         edges = {k for found in self.edges.values() for k in found}
         known = {k for curves in self.curves["latency_ms"].values() for k in curves.tokens_kept}
         # One token above another count is there to see a step, not to be used.
-        inner = {k for k in known if 1 < k < self.tokens - 1 and not (k - 1 in known)} | edges
+        inner = {k for k in known if 1 < k < self.tokens - 1 and k - 1 not in known} | edges
         while len(inner) < _FEWEST_CANDIDATES - 2:
             inner_sorted = sorted({0, *inner, self.tokens})
             low, high = max(zip(inner_sorted, inner_sorted[1:], strict=False), key=lambda pair: pair[1] - pair[0])
@@ -202,7 +202,12 @@ def _assembled(known: CostModel, evidence: Evidence) -> CostModel:
         missing=known.missing,
         evidence=evidence,
         held_out=_summary(errors),
-        corrections={"scale": fit.scale, "overhead_ms": fit.overhead_ms, "fixed_ms": fit.fixed_ms},
+        corrections={
+            "scale": fit.scale,
+            "overhead_ms": fit.overhead_ms,
+            "pruned_ms": fit.pruned_ms,
+            "fixed_ms": fit.fixed_ms,
+        },
         edges=known.edges,
         power=known.power,
         alignment=known.alignment,
@@ -226,13 +231,14 @@ def _held_out_errors(evidence: Evidence) -> np.ndarray:
 
 
 def _conformal(errors: np.ndarray) -> float:
-    """Half-width that covers a new plan with probability COVERAGE (split conformal prediction, finite-sample rank)."""
+    """Interval that covers a new plan with probability COVERAGE (split conformal prediction, finite-sample rank)."""
     if not len(errors):
         return _UNCALIBRATED
     rank = int(np.ceil((len(errors) + 1) * COVERAGE))
-    ordered = np.sort(np.abs(errors))
+    ordered = np.sort(np.abs(np.log1p(errors)))
     # Too few plans to know the tail: a half beyond the worst seen.
-    return float(ordered[rank - 1]) if rank <= len(ordered) else 1.5 * float(ordered[-1])
+    distance = ordered[rank - 1] if rank <= len(ordered) else 1.5 * ordered[-1]
+    return float(np.expm1(distance))
 
 
 def _summary(errors: np.ndarray) -> dict[str, Any]:
@@ -296,16 +302,16 @@ def _power_of(profile: Profile) -> dict[str, Any] | None:
     }
 
 
-def _energy(
-    power: Mapping[str, Any], evidence: Evidence, fit: LatencyFit
-) -> tuple[dict[str, Curve], float]:
+def _energy(power: Mapping[str, Any], evidence: Evidence, fit: LatencyFit) -> tuple[dict[str, Curve], float]:
     """Joules: power at a count, times latency at that count; the dense forward comes out as measured."""
     joules = {}
     for name, known in power["blocks"].items():
         counts = evidence.blocks[name].tokens_kept
         watts = np.interp(counts, known["tokens_kept"], known["power_w"])
         joules[name] = watts * np.array(fit.curves_ms[name]) * 1e-3
-    rest_w = power["rest_w"] if power["rest_w"] is not None else min(min(k["power_w"]) for k in power["blocks"].values())
+    rest_w = (
+        power["rest_w"] if power["rest_w"] is not None else min(min(k["power_w"]) for k in power["blocks"].values())
+    )
     fixed_j = rest_w * fit.fixed_ms * 1e-3
     total_j = fixed_j + sum(float(joules[name][-1]) for name in evidence.layers)
     scale = 1.0 if power["dense_j"] is None else power["dense_j"] / total_j

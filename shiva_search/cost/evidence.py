@@ -121,9 +121,7 @@ class Evidence:
             for name, item in known["blocks"].items()
         }
         known["plans"] = tuple(
-            PlanRatio(
-                tuple(tuple(row) for row in item["rows"]), tuple(item["weights"]), item["ratio"], item["error"]
-            )
+            PlanRatio(tuple(tuple(row) for row in item["rows"]), tuple(item["weights"]), item["ratio"], item["error"])
             for item in known["plans"]
         )
         return cls(**known)

@@ -1,12 +1,13 @@
 """Fit latency. In: Evidence. Out: a monotone curve per signature and a fixed part, in milliseconds, that add up.
 
 One bounded least-squares problem. Unknown are the fixed part f, the cost c_s(k) of a block of signature s at each
-measured count k, and two corrections: a scale a and an overhead o per pruned layer. All in units of the dense forward:
+measured count k, and three corrections: a scale a, an overhead o per layer that runs, and p per layer that is pruned.
+All in units of the dense forward:
 
-    c_s(k) = a b_s(k) + o [0 < k < N]      blocks measured alone, b, to within their error and what they cannot know
-    f + sum_l c_s(l)(N) = 1                the dense forward
-    f + sum_l c_s(l)(k_l) = y              each plan measured from end to end, to within its error
-    a = 1,  o = 0,  f = rest cell          weakly
+    c_s(k) = a b_s(k) + o [k > 0] + p [0 < k < N]   blocks measured alone, b, to within their error and what they miss
+    f + sum_l c_s(l)(N) = 1                         the dense forward
+    f + sum_l c_s(l)(k_l) = y                       each plan measured from end to end, to within its error
+    a = 1,  o = p = 0,  f = rest cell               weakly
 
 with c_s rising in k over the pruned counts. The dense block stands beside the curve, since it selects nothing and may
 cost less than a block that drops one token. No smoothing: between measured counts the curve is straight, and two
@@ -27,7 +28,7 @@ from shiva_search.cost.evidence import Evidence, PlanRatio
 _BLOCK_IN_MODEL = 0.02  # of c_s(k), beyond what scale and overhead explain
 _OF_DENSE_BLOCK = 0.003  # the least of it, in units of the dense block
 _SCALE = 0.1
-_OVERHEAD = 0.05  # of the dense block
+_OVERHEAD = 0.05  # of the dense block, for layers that run and for pruned ones
 _REST = 0.3  # of the rest cell
 _DENSE = 0.001
 _HUBER = 1.5  # standard errors beyond which a plan counts as an outlier
@@ -41,13 +42,14 @@ class LatencyFit:
     Attributes:
         fixed_ms: what no plan changes.
         curves_ms: by signature, at the measured counts of that signature.
-        scale, overhead_ms: the corrections that were folded in.
+        scale, overhead_ms, pruned_ms: the corrections that were folded in: a, o and p above.
     """
 
     fixed_ms: float
     curves_ms: Mapping[str, tuple[float, ...]]
     scale: float
     overhead_ms: float
+    pruned_ms: float
 
 
 def fit_latency(evidence: Evidence) -> LatencyFit:
@@ -75,21 +77,22 @@ def plan_share(fit: LatencyFit, evidence: Evidence, plan: PlanRatio) -> float:
 
 
 class _System:
-    """Rows of the least-squares problem over x = [f, a, o, steps of every curve]."""
+    """Rows of the least-squares problem over x = [f, a, o, p, steps of every curve]."""
 
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
         self.tokens = evidence.tokens
         blocks = evidence.blocks
-        names = [name for name in evidence.layers]
+        names = evidence.layers
         skipped_ms = sum(blocks[name].latency_ms[0] for name in names if blocks[name].tokens_kept[0] == 0)
         self.rest_ms = max(0.0, evidence.rest_ms - skipped_ms)
         self.sum_ms = self.rest_ms + sum(blocks[name].latency_ms[-1] for name in names)
-        self.offsets, width = {}, 3
+        self.offsets, width = {}, 4
         for name, curve in blocks.items():
             self.offsets[name] = width
             width += len(curve.tokens_kept)
         self.width = width
+        self.matrices = {name: self._curve_matrix(name) for name in blocks}
         self.dense_block = sum(blocks[name].latency_ms[-1] for name in names) / len(names) / self.sum_ms
         self.prior_rows, self.prior_values = self._prior()
         self.plan_rows = np.array([self._plan_row(plan) for plan in evidence.plans]).reshape(-1, width)
@@ -102,7 +105,7 @@ class _System:
         matrix = np.vstack([self.prior_rows, self.plan_rows * root[:, None]])
         values = np.concatenate([self.prior_values, self.plan_values * root])
         low = np.zeros(self.width)
-        low[1], low[2] = 0.2, -np.inf
+        low[1], low[2], low[3] = 0.05, -np.inf, -np.inf
         solution: np.ndarray = lsq_linear(matrix, values, bounds=(low, np.full(self.width, np.inf)), method="bvls").x
         return solution
 
@@ -113,12 +116,12 @@ class _System:
 
     def unpack(self, solution: np.ndarray) -> LatencyFit:
         """Milliseconds, such that the dense model comes out at its measured latency to the last digit."""
-        unit_ms = self.evidence.dense_ms or self.sum_ms
-        values = {name: self._curve_matrix(name) @ solution for name in self.evidence.blocks}
+        values = {name: self.matrices[name] @ solution for name in self.evidence.blocks}
         total = solution[0] + sum(values[name][-1] for name in self.evidence.layers)
-        unit_ms /= total
+        unit_ms = float((self.evidence.dense_ms or self.sum_ms) / total)
         curves = {name: tuple(float(v) * unit_ms for v in curve) for name, curve in values.items()}
-        return LatencyFit(float(solution[0]) * unit_ms, curves, float(solution[1]), float(solution[2]) * unit_ms)
+        fixed, scale, overhead, pruned = (float(value) for value in solution[:4])
+        return LatencyFit(fixed * unit_ms, curves, scale, overhead * unit_ms, pruned * unit_ms)
 
     def _curve_matrix(self, name: str) -> np.ndarray:
         """[counts, unknowns]: pruned counts add up steps, the dense block is an unknown of its own."""
@@ -140,19 +143,20 @@ class _System:
         unit = np.eye(self.width)
         whole = bool(self.evidence.dense_ms)
         add(unit[1], 1.0, _SCALE if self.evidence.plans else 1e-6)
-        add(unit[2], 0.0, _OVERHEAD * self.dense_block if self.evidence.plans else 1e-9)
+        for overhead in unit[2:4]:
+            add(overhead, 0.0, _OVERHEAD * self.dense_block if self.evidence.plans else 1e-9)
         rest = self.rest_ms / self.sum_ms
         add(unit[0], rest, _REST * rest + 0.002 if whole else 1e-6)
         for name, curve in self.evidence.blocks.items():
-            matrix = self._curve_matrix(name)
+            matrix = self.matrices[name]
             for i, k in enumerate(curve.tokens_kept):
                 alone = curve.latency_ms[i] / self.sum_ms
-                is_pruned = 0 < k < self.tokens
+                corrected = alone * unit[1] + (k > 0) * unit[2] + (0 < k < self.tokens) * unit[3]
                 spread = _BLOCK_IN_MODEL * alone + _OF_DENSE_BLOCK * self.dense_block if self.evidence.plans else 0.0
                 error = float(np.hypot(curve.error[i] * alone, spread))
-                add(matrix[i] - alone * unit[1] - is_pruned * unit[2], 0.0, error)
+                add(matrix[i] - corrected, 0.0, error)
         if whole:
-            dense = unit[0] + sum(self._curve_matrix(name)[-1] for name in self.evidence.layers)
+            dense = unit[0] + sum(self.matrices[name][-1] for name in self.evidence.layers)
             add(dense, 1.0, _DENSE)
         return np.array(rows), np.array(values)
 
@@ -166,7 +170,7 @@ class _System:
 
     def _interpolated(self, name: str, k: int) -> np.ndarray:
         counts = self.evidence.blocks[name].tokens_kept
-        matrix = self._curve_matrix(name)
+        matrix = self.matrices[name]
         above = int(np.searchsorted(counts, k))
         if counts[above] == k:
             row: np.ndarray = matrix[above]

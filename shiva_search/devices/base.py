@@ -156,10 +156,19 @@ def _open_cuda(index: str) -> Device:
     return open_cuda(int(index) if index else None)
 
 
+def _open_replay(folder: str) -> Device:
+    from .replay import ReplayDevice
+
+    if not folder:
+        raise InputError("a replay device names the folder of a recorded profile: replay:DIR. Pass one.")
+    return ReplayDevice(folder)
+
+
 # kind of device -> what opens it, given the text behind the colon ("" where there is none)
 OPENERS: Mapping[str, Callable[[str], Device]] = {
     "cpu": _open_cpu,
     "cuda": _open_cuda,
+    "replay": _open_replay,
 }
 
 
@@ -167,7 +176,7 @@ def open_device(name: str) -> Device:
     """Opens a device by its name.
 
     Args:
-        name: "cpu", "cuda" (the current CUDA device) or "cuda:N".
+        name: "cpu", "cuda" (the current CUDA device), "cuda:N", or "replay:DIR" with the folder of a recorded profile.
 
     Raises:
         InputError: there is no such kind of device.

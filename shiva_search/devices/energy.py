@@ -199,8 +199,8 @@ class CounterSource:
 class IntegratedPower:
     """Power readings, integrated by a thread: for devices without an energy counter.
 
-    The integral advances only when the reading changes, by the trapezoid between the two values, so a reading that is
-    stuck shows as an energy that stands still.
+    Each reading holds until the next one differs, and the integral advances only then, so a reading that is stuck shows
+    as an energy that stands still.
 
     Args:
         name: for reports.
@@ -247,7 +247,7 @@ class IntegratedPower:
             while not stop.wait(self._interval_s):
                 now, now_w = time.perf_counter(), self._power_w()
                 if now_w != before_w:
-                    self._energy_j += (before_w + now_w) / 2 * (now - then)
+                    self._energy_j += before_w * (now - then)
                     then, before_w = now, now_w
         except SensorError as error:
             self._error = error

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import InputError, UnavailableError
 from ..records.profile import Profile, load_profile
-from .base import EnergySample, Run, SensorReport
+from .base import EnergySample, Quantity, Run, SensorReport
 
 
 class ReplayDevice:
@@ -30,7 +30,8 @@ class ReplayDevice:
         self.profile: Profile = load_profile(self.folder)
         if not self.profile.complete:
             raise InputError(
-                f"the profile in {self.folder} was interrupted; finish it with `shiva-search profile` on {self.profile.device}"
+                f"the profile in {self.folder} was interrupted; "
+                f"finish it with `shiva-search profile` on {self.profile.device}"
             )
         self.name = f"replay:{folder}"
         self.torch_device = torch.device("cpu")  # where quality is judged; costs come from the record
@@ -64,17 +65,16 @@ class ReplayDevice:
 
     def sensors(self) -> list[SensorReport]:
         """Which quantities were recorded, and why others were not."""
-        recorded = {
+        recorded: dict[Quantity, bool] = {
             "latency_ms": True,
             "energy_j": any(row.energy_j is not None for row in self.profile.rows),
             "power_w": any(row.power_w is not None for row in self.profile.rows),
             "peak_memory_mib": any(row.peak_memory_mib is not None for row in self.profile.rows),
         }
         how = f"recorded on {self.profile.device}"
+        missing = self.profile.missing
         return [
-            SensorReport(
-                "recorded profile", what, known, how if known else self.profile.missing.get(what, "not recorded")
-            )  # type: ignore[arg-type]
+            SensorReport("recorded profile", what, known, how if known else missing.get(what, "not recorded"))
             for what, known in recorded.items()
         ]
 

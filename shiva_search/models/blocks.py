@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import Any
 
 import torch
@@ -22,6 +23,89 @@ Kwargs = dict[str, Any]
 def keep_rows(kwargs: Kwargs, kept_BK: torch.Tensor, tokens: int) -> Kwargs:
     """The default companion gather: nothing travels with the tokens (positions were added at the input)."""
     return kwargs
+
+
+class PerSampleTable:
+    """Rotary rows that differ from sample to sample, [B, S, E], where a block expects one [S, E] for all.
+
+    diffusers' apply_rotary_emb adds the batch axis itself, by indexing its table with None first. Here that axis is
+    already there, so the same index yields [B, S, E] laid out for the block. Any attention processor that goes through
+    apply_rotary_emb takes it as it is; any other use of the table fails loudly, for there is nothing else to call.
+    """
+
+    def __init__(self, rows_BSE: torch.Tensor) -> None:
+        self.rows_BSE = rows_BSE
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        if not isinstance(index, tuple) or index[0] is not None:
+            raise InputError(
+                f"this attention processor reads rotary tables by {index!r}, which is not known to be sound where "
+                "samples keep different tokens; run one sample at a time or use the model's own processor"
+            )
+        return self.rows_BSE[(slice(None), *index[1:])]
+
+
+def keep_rotary_rows(kwargs: Kwargs, kept_BK: torch.Tensor, tokens: int) -> Kwargs:
+    """Rotary tables (cos, sin), each [T + N, E] with T text rows first, reduced to the text and the kept rows."""
+    tables = kwargs.get("image_rotary_emb")
+    if tables is None:
+        return kwargs
+    text = len(tables[0]) - tokens
+    text_BT = torch.arange(text, device=kept_BK.device).expand(len(kept_BK), text)
+    rows_BS = torch.cat([text_BT, kept_BK + text], dim=1)
+    if len(rows_BS) == 1:
+        reduced: tuple[Any, ...] = tuple(table_SE[rows_BS[0]] for table_SE in tables)
+    else:
+        reduced = tuple(PerSampleTable(table_SE[rows_BS]) for table_SE in tables)
+    return {**kwargs, "image_rotary_emb": reduced}
+
+
+def keep_masked_columns(kwargs: Kwargs, kept_BK: torch.Tensor, tokens: int) -> Kwargs:
+    """A mask over image tokens as keys, [B, 1, N] or [1, 1, N], reduced to the kept ones."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return kwargs
+    mask_BQN = mask.expand(len(kept_BK), -1, -1)
+    return {**kwargs, "attention_mask": mask_BQN.gather(2, kept_BK[:, None].expand(-1, mask_BQN.shape[1], -1))}
+
+
+def time_embedding(block: nn.Module, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The embedding of timestep and pooled condition that blocks get as `temb`, [B, D]."""
+    condition: torch.Tensor = kwargs["temb"]
+    return condition
+
+
+def patches_per_side(pixels: int, pixels_per_patch: int) -> int:
+    """Side of the square grid of image tokens.
+
+    Raises:
+        InputError: the resolution does not divide evenly.
+    """
+    if pixels % pixels_per_patch:
+        raise InputError(f"the resolution must be a multiple of {pixels_per_patch} pixels for this model, got {pixels}")
+    return pixels // pixels_per_patch
+
+
+def square_side(latent: torch.Tensor) -> int:
+    """Height and width of a latent [B, C, H, W].
+
+    Raises:
+        InputError: height and width differ.
+    """
+    height, width = latent.shape[-2:]
+    if height != width:
+        raise InputError(f"plans are made for square images, this latent is {height} x {width}; pass a square example")
+    return int(height)
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """The name of a tensor's dtype, such as float32."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def halves_guidance(workload: Workload, batch: int) -> bool:
+    """Whether a batch of this size can still hold the two halves of guidance."""
+    return workload.guidance and batch % 2 == 0
 
 
 @dataclass(frozen=True)
@@ -75,23 +159,43 @@ class Family:
         block_lists: names of the module lists that hold the blocks, in order of execution.
         adapters: by block class name.
         timestep_scale: the model's timestep at pure noise (1000 for most, 1 for Flux).
+        timestep_argument, image_argument: of the model's forward: noise level [B], noisy latents [B, ...].
         tokens: (config, workload) -> image tokens N.
+        pixels_per_token: config -> side of an image token, pixels.
         example: (config, workload, generator) -> keyword arguments of one forward, random values, workload's dtype.
         defaults: config -> the workload of its published use (batch, resolution, text tokens, guidance).
         workload_of: (config, keyword arguments of one forward, workload) -> the workload with what they show.
+        shared: arguments without a batch axis, the same for all samples.
+        architectures: published configurations by name, for models with random weights.
+        verified: what is known to hold, for `shiva-search models`.
     """
 
     name: str
     model_class: str
     adapters: Mapping[str, BlockAdapter]
     tokens: Callable[[Mapping[str, Any], Workload], int]
+    pixels_per_token: Callable[[Mapping[str, Any]], int]
     example: Callable[[Mapping[str, Any], Workload, torch.Generator], Kwargs]
     defaults: Callable[[Mapping[str, Any]], Workload]
     workload_of: Callable[[Mapping[str, Any], Mapping[str, Any], Workload], Workload]
     block_lists: tuple[str, ...] = ("transformer_blocks",)
     timestep_scale: float = 1000.0
     timestep_argument: str = "timestep"
-    verified: str = field(default="")
+    image_argument: str = "hidden_states"
+    shared: frozenset[str] = frozenset()
+    architectures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    verified: str = ""
+
+    def resolution_of(self, config: Mapping[str, Any], tokens: int) -> int:
+        """Side in pixels of the square image with so many tokens.
+
+        Raises:
+            InputError: no square image has as many.
+        """
+        side = isqrt(tokens)
+        if side**2 != tokens:
+            raise InputError(f"plans are made for square images, {tokens} image tokens are none; pass a square example")
+        return side * self.pixels_per_token(config)
 
     def adapter_of(self, block: nn.Module) -> BlockAdapter:
         """The adapter of a block.

@@ -1,13 +1,18 @@
-"""From what the user typed after --model to a Model: the built-in one, or a folder in diffusers format."""
+"""From what the user typed after --model to a Model: the built-in one, an architecture with random weights, a folder in
+diffusers format, or a hub id.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from shiva_search.errors import InputError, UnavailableError
+from shiva_search.models.blocks import Family
 from shiva_search.models.families import FAMILIES, family_of
 from shiva_search.models.model import Batch, Model, stratified_times
 from shiva_search.records.files import read_json
@@ -16,56 +21,133 @@ from shiva_search.records.workload import Workload
 BUILT_IN = "fashion-dit"
 REFERENCE = Path(__file__).parent / "reference"
 
+#: Published configurations by name; latency does not depend on weights, so random ones will do to profile them.
+ARCHITECTURES: Mapping[str, tuple[Family, Mapping[str, Any]]] = {
+    name: (family, config) for family in FAMILIES for name, config in family.architectures.items()
+}
 
-def load_model(name: str = BUILT_IN, device: str = "cpu", seed: int = 0, **workload: Any) -> Model:
+_CPU_ROOM_BYTES = 4 * 2**30  # random weights beyond this are not made on a CPU unless asked for
+_CUDA_ROOM_SHARE = 0.5  # of a GPU's memory
+
+
+def load_model(
+    name: str = BUILT_IN, device: str = "cpu", seed: int = 0, real: bool | None = None, **workload: Any
+) -> Model:
     """Load a model by name.
 
     Args:
-        name: "fashion-dit", or a folder in diffusers format (a whole pipeline or its transformer).
+        name: "fashion-dit"; an architecture of `list_models()`, with random weights; a folder in diffusers format (a
+            whole pipeline or its transformer); or a hub id.
         device: torch device the weights go to.
         seed: for what is random (weights of an architecture given by name).
+        real: whether an architecture given by name gets weights, or exists as shapes (on the meta device), which is
+            enough to profile it block by block. None: weights where they fit (4 GiB on a CPU, half of a GPU's memory).
         **workload: fields of Workload that replace the model's defaults; None leaves them.
 
     Raises:
-        UnavailableError: the name is neither known nor a folder with a transformer.
+        UnavailableError: the name is not known, the folder has no transformer, or the hub cannot be reached.
         InputError: the transformer's class has no adapter, or the workload is not valid.
     """
-    if name == BUILT_IN:
-        module = _read_transformer(REFERENCE / "transformer")
-        model = as_model(module, name, "built in", workload)
+    if name in ARCHITECTURES:
+        family, config = ARCHITECTURES[name]
+        shapes = _shapes(family, config)
+        model = as_model(shapes, name, "random weights", workload)
+        dtype = getattr(torch, model.workload.dtype)
+        if _fits(shapes, dtype, device) if real is None else real:
+            model.module = _random_weights(family, config, device, seed)
+    elif name == BUILT_IN:
+        model = as_model(_read_transformer(REFERENCE / "transformer"), name, "built in", workload)
         model.calibration = _fashion_batch
     else:
-        module = _read_transformer(_transformer_folder(name))
-        model = as_model(module, name, str(Path(name)), workload)
-    model.module.to(device=device, dtype=getattr(torch, model.workload.dtype)).eval().requires_grad_(False)
+        model = as_model(_read_transformer(name), name, str(Path(name)) if Path(name).is_dir() else name, workload)
+    place = None if next(model.module.parameters()).is_meta else device
+    model.module.to(device=place, dtype=getattr(torch, model.workload.dtype)).eval().requires_grad_(False)
     return model
 
 
-def _transformer_folder(name: str) -> Path:
-    folder = Path(name)
-    for candidate in (folder / "transformer", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
+def _shapes(family: Family, config: Mapping[str, Any]) -> nn.Module:
+    import diffusers
+
+    with torch.device("meta"):
+        module: nn.Module = getattr(diffusers, family.model_class)(**config)
+    return module
+
+
+def _fits(shapes: nn.Module, dtype: torch.dtype, device: str) -> bool:
+    size_bytes = sum(parameter.numel() for parameter in shapes.parameters()) * dtype.itemsize
+    place = torch.device(device)
+    if place.type != "cuda":
+        return size_bytes <= _CPU_ROOM_BYTES
+    return size_bytes <= _CUDA_ROOM_SHARE * torch.cuda.get_device_properties(place).total_memory
+
+
+def _random_weights(family: Family, config: Mapping[str, Any], device: str, seed: int) -> nn.Module:
+    import diffusers
+
+    place = torch.device(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
+        torch.manual_seed(seed)
+        module: nn.Module = getattr(diffusers, family.model_class)(**config)
+    return module
+
+
+def _read_transformer(source: str | Path) -> nn.Module:
+    """The transformer of a folder or of a hub repository, whole pipeline or transformer alone.
+
+    Raises:
+        UnavailableError: there is none, or its weights cannot be loaded.
+        InputError: its class has no adapter.
+    """
+    import diffusers
+
+    config, subfolder = _read_config(source)
+    class_name = str(config.get("_class_name", ""))
+    family = family_of(class_name)
+    if family is None:
+        raise _no_adapter(class_name, str(source))
+    try:
+        module: nn.Module = getattr(diffusers, family.model_class).from_pretrained(str(source), subfolder=subfolder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UnavailableError(f"cannot load the weights in {source}: {_first_line(error)}") from error
+    return module
+
+
+def _read_config(source: str | Path) -> tuple[Mapping[str, Any], str | None]:
+    """config.json of a transformer, and the subfolder it lies in."""
+    for subfolder in ("transformer", None):
+        path = Path(source) / (subfolder or "") / "config.json"
+        if path.is_file():
+            return read_json(path, "model configuration"), subfolder
+    if Path(source).exists() or str(source).count("/") != 1:
+        raise UnavailableError(
+            f"unknown model {str(source)!r}: neither a name that `shiva-search models` lists nor a folder with a "
+            "transformer in diffusers format (config.json and safetensors) nor a hub id (owner/name)"
+        )
+    from diffusers import ConfigMixin
+
+    class AnyConfig(ConfigMixin):
+        config_name = "config.json"
+
+    problems = []
+    for subfolder in ("transformer", None):
+        try:
+            return AnyConfig.load_config(str(source), subfolder=subfolder), subfolder
+        except (OSError, ValueError) as error:
+            problems.append(_first_line(error))
     raise UnavailableError(
-        f"unknown model {name!r}: neither a name that `shiva-search models` lists nor a folder with a transformer "
-        "in diffusers format (config.json and safetensors)"
+        f"{str(source)!r} is no folder here, and the hub does not give its transformer ({problems[0]}); "
+        "check the name and the network, or download it and give the folder"
     )
 
 
-def _read_transformer(folder: Path) -> torch.nn.Module:
-    import diffusers
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
-    class_name = read_json(folder / "config.json", "model configuration").get("_class_name", "")
-    family = family_of(str(class_name))
-    if family is None:
-        known = ", ".join(item.model_class for item in FAMILIES)
-        raise InputError(f"no adapter for model class {class_name!r} in {folder}; known classes: {known}")
-    try:
-        module: torch.nn.Module = getattr(diffusers, family.model_class).from_pretrained(str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise UnavailableError(f"cannot load the weights in {folder}: {first}") from error
-    return module
+
+def _no_adapter(class_name: str, where: str = "") -> InputError:
+    known = ", ".join(family.model_class for family in FAMILIES)
+    place = f" in {where}" if where else ""
+    return InputError(f"no adapter for model class {class_name!r}{place}; known classes: {known}")
 
 
 def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dict[str, Any] | None = None) -> Model:
@@ -80,8 +162,7 @@ def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dic
     class_name = type(module).__name__
     family = family_of(class_name)
     if family is None:
-        known = ", ".join(item.model_class for item in FAMILIES)
-        raise InputError(f"no adapter for model class {class_name!r}; known classes: {known}")
+        raise _no_adapter(class_name)
     config = dict(module.config)  # type: ignore[arg-type]
     return Model(module, name, family, family.defaults(config).override(**(workload or {})), origin=origin)
 
@@ -109,13 +190,16 @@ def shipped_router(model: Model) -> Path | None:
 
 
 def list_models() -> list[dict[str, str]]:
-    """What --model accepts, a row each: name, kind, blocks, what was verified."""
-    rows = [{"name": BUILT_IN, "kind": "built in, trained", "class": "DiTTransformer2DModel"}]
-    rows += [
-        {"name": f"folder with {family.model_class}", "kind": f"family {family.name}", "class": family.model_class}
-        for family in FAMILIES
+    """What --model accepts, a row each: name, kind, class, verified."""
+    built_in = family_of("DiTTransformer2DModel")
+    assert built_in is not None
+    rows = [(BUILT_IN, "built in, trained", built_in)]
+    rows += [(name, "random weights", family) for name, (family, _) in ARCHITECTURES.items()]
+    rows += [(f"folder or hub id, {family.name}", "diffusers format", family) for family in FAMILIES]
+    return [
+        {"name": name, "kind": kind, "class": family.model_class, "verified": family.verified}
+        for name, kind, family in rows
     ]
-    return rows
 
 
-__all__ = ["BUILT_IN", "REFERENCE", "Workload", "list_models", "load_model"]
+__all__ = ["ARCHITECTURES", "BUILT_IN", "REFERENCE", "Workload", "as_model", "list_models", "load_model"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -49,27 +49,36 @@ class Batch:
         inputs: keyword arguments of the model's forward.
         t_B: normalised time in [0, 1], 1 is noise.
         target: what the model was trained to predict for these inputs (None where unknown), [B, ...].
+        shared: names of inputs without a batch axis.
     """
 
     inputs: Kwargs
     t_B: torch.Tensor
     target: torch.Tensor | None = None
+    shared: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.t_B)
 
+    def take(self, rows: Sequence[int] | torch.Tensor) -> Batch:
+        """The samples of the given indices, in that order."""
+        return self._cut(torch.as_tensor(rows, dtype=torch.int64))
+
     def slice(self, start: int, stop: int) -> Batch:
-        """Samples start to stop."""
+        """Samples start to stop; views of this batch."""
+        return self._cut(slice(start, stop))
+
+    def _cut(self, rows: Any) -> Batch:
         count = len(self)
 
         def cut(value: Any) -> Any:
             if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-                return value[start:stop]
+                return value[rows.to(value.device) if isinstance(rows, torch.Tensor) else rows]
             if isinstance(value, Mapping):
-                return {name: cut(item) for name, item in value.items()}
+                return {name: item if name in self.shared else cut(item) for name, item in value.items()}
             return value
 
-        return Batch(cut(self.inputs), self.t_B[start:stop], None if self.target is None else cut(self.target))
+        return replace(self, inputs=cut(self.inputs), t_B=cut(self.t_B), target=cut(self.target))
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Consecutive slices of at most `size` samples."""
@@ -107,7 +116,7 @@ class Model:
         return dict(self.module.config)  # type: ignore[arg-type]
 
     @cached_property
-    def tokens(self) -> int:  # type: ignore[override]
+    def tokens(self) -> int:
         """Image tokens N at this workload."""
         return self.family.tokens(self.config, self.workload)
 
@@ -151,6 +160,10 @@ class Model:
         """This model with the workload that keyword arguments of one forward show: batch, dtype, resolution."""
         return replace(self, workload=self.family.workload_of(self.config, example, self.workload))
 
+    def at(self, resolution: int) -> Model:
+        """This model at another resolution (pixels)."""
+        return replace(self, workload=self.workload.override(resolution=resolution))
+
     def batch(self, split: str, count: int, seed: int = 0) -> Batch:
         """Inputs for judging quality, timesteps stratified (eq. 15): real ones where the model has calibration data.
 
@@ -169,7 +182,8 @@ class Model:
         timestep = inputs[self.family.timestep_argument]
         inputs[self.family.timestep_argument] = (t_B * self.family.timestep_scale).to(timestep.dtype)
         device = next(self.module.parameters()).device
-        return Batch({name: _to_device(value, device) for name, value in inputs.items()}, t_B.to(device))
+        placed = {name: _to_device(value, device) for name, value in inputs.items()}
+        return Batch(placed, t_B.to(device), shared=self.family.shared)
 
     def times(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Normalised time in [0, 1] of each sample, from the arguments of a forward."""
@@ -187,6 +201,7 @@ class Model:
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        weights_hash = _hash_weights(self.module)
         return {
             "name": self.name,
             "architecture": type(self.module).__name__,
@@ -194,7 +209,7 @@ class Model:
             "layers": self.layer_count,
             "tokens": self.tokens,
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
-            "weights_hash": _hash_weights(self.module),
+            **({} if weights_hash is None else {"weights_hash": weights_hash}),
         }
 
 
@@ -223,14 +238,18 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _hash_weights(module: nn.Module) -> str:
-    """sha256 of the weights, rounded to bfloat16 so that a model loaded in it is still the same; of 256 evenly spread values of each tensor where the model is large."""
+def _hash_weights(module: nn.Module) -> str | None:
+    """sha256 of the weights, rounded to bfloat16 so that a model loaded in it is still the same.
+
+    Of a large model, 256 evenly spread values of each tensor. None for shapes without weights: what is planned for
+    these holds for any weights.
+    """
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return None
     whole = sum(parameter.numel() for parameter in module.parameters()) <= _WHOLE_HASH_ELEMENTS
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         digest.update(name.encode())
-        if parameter.is_meta:
-            continue
         flat = parameter.detach().reshape(-1)
         if not whole and flat.numel() > 256:
             flat = flat[:: flat.numel() // 256]

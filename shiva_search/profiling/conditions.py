@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map
 from shiva_search.errors import InputError
 from shiva_search.models.blocks import Kwargs
 from shiva_search.models.model import Layer, Model
+from shiva_search.records.plan import Plan
+from shiva_search.runtime.apply import AppliedPlan
 
 _ROTATED_COPIES = 2
 _COPY_LIMIT_BYTES = 64 * 2**20  # beyond this a block's weights leave the cache between two runs of themselves
@@ -50,14 +52,14 @@ def _compiled(model: Model) -> Iterator[None]:
         try:
             for layer in model.layers:
                 replaced.append((layer.module, layer.module.__dict__.get("forward")))
-                layer.module.forward = torch.compile(layer.module.forward, dynamic=False)  # type: ignore[method-assign]
+                layer.module.forward = torch.compile(layer.module.forward, dynamic=False)
             yield
         finally:
             for module, previous in replaced:
                 if previous is None:
                     module.__dict__.pop("forward", None)
                 else:
-                    module.forward = previous  # type: ignore[method-assign]
+                    module.forward = previous
 
 
 def shapes_of(module: nn.Module) -> nn.Module:
@@ -122,16 +124,29 @@ def without_blocks(model: Model, device: torch.device, seed: int = 0) -> Model:
     if not is_meta(model):
         return model
     generator = torch.Generator(device).manual_seed(seed)
-    module = copy.deepcopy(model.module)  # shapes only
-    blocks = [getattr(module, name) for name in model.family.block_lists if hasattr(module, name)]
-    for child in module.children():
-        if not any(child is block for block in blocks):
-            _make_real(child, device, generator)
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(_real_value(parameter, device, generator), requires_grad=False))
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        setattr(module, name, _real_value(buffer, device, generator))
-    return replace(model, module=module)
+    whole = replace(model, module=copy.deepcopy(model.module))  # shapes only
+    inside = {part for layer in whole.layers for part in layer.module.modules()}
+    wanted = [part for part in whole.module.modules() if part not in inside] + _used_inside(whole, inside)
+    for part in wanted:
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            real = _real_value(parameter, device, generator)
+            setattr(part, name, nn.Parameter(real, requires_grad=False))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, _real_value(buffer, device, generator))
+    return whole
+
+
+def _used_inside(model: Model, inside: set[nn.Module]) -> list[nn.Module]:
+    """Modules inside blocks that the rest of a forward calls (DiT's output asks the first block for its condition)."""
+    used: list[nn.Module] = []
+    with ExitStack() as stack, torch.no_grad():
+        for part in inside:
+            stack.callback(part.register_forward_pre_hook(lambda part, args: used.append(part)).remove)
+        applied = stack.enter_context(AppliedPlan(model, Plan.dense(model)))
+        applied.controller.rows = [[0] * model.layer_count]
+        model.module(**model.example())
+    blocks = {layer.module for layer in model.layers}
+    return [part for part in dict.fromkeys(used) if part not in blocks]
 
 
 def record_inputs(model: Model, inputs: Kwargs) -> dict[str, Kwargs]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,30 +79,33 @@ def measure_plans(
             for plan in plans
             for segment in range(len(plan.segments))
         ]
-        dense = dense_cell(model, seed)
+        reference = dense_cell(model, seed)
         keys = [(index, segment) for index, plan in enumerate(plans) for segment in range(len(plan.segments))]
         cells = {
             key: Cell(f"plan {key[0]}/{key[1]}", run.run, "forwards", prepare=run.prepare, target=_STEADY)
             for key, run in zip(keys, runs, strict=True)
         }
-        sampler = Sampler(device, [Group("forwards", dense)], list(cells.values()), seed=seed, clock=clock)
+        sampler = Sampler(device, [Group("forwards", reference)], list(cells.values()), seed=seed, clock=clock)
         try:
-            has_energy = energy_reason(device, dense) is None
+            has_energy = energy_reason(device) is None
             sampler.run(seconds * (1 - _ENERGY_SHARE if has_energy else 1), _report(progress, len(cells)))
             estimates = sampler.finish()
             share_s = seconds * _ENERGY_SHARE / (len(cells) + 1)
-            dense_costs = other_costs(device, dense, share_s)
+            dense_costs = other_costs(device, reference, share_s)
             costs = {key: other_costs(device, cell, share_s) for key, cell in cells.items()}
         finally:
             remove_plan(model.module)
     dense_ms = sampler.reference_ms("forwards")
     assert dense_ms is not None  # every cell has a sample
     conditions = summary_of(sampler)
+    dense: dict[str, Any] = {f"dense_{name}": value for name, value in dense_costs.items()}
     found = []
     for index, plan in enumerate(plans):
         weights = {(index, i): high - low for i, (low, high) in enumerate(plan.segments)}
         ratio = average_over_time([(estimates[cells[key].name], weight) for key, weight in weights.items()])
-        mine = {name: _mean([(costs[key][name], weight) for key, weight in weights.items()]) for name in dense_costs}
+        mine: dict[str, Any] = {
+            name: _mean([(costs[key][name], weight) for key, weight in weights.items()]) for name in dense_costs
+        }
         peaks = [costs[key]["peak_memory_mib"] for key in weights]
         mine["peak_memory_mib"] = None if None in peaks else max(peaks)  # type: ignore[type-var]
         if mine["energy_j"] is not None:
@@ -122,8 +124,8 @@ def measure_plans(
                 gflops=flops.plan(plan),
                 dense_gflops=flops.dense,
                 **mine,
-                **{f"dense_{name}": value for name, value in dense_costs.items()},
-                reasons=_reasons(device, dense, mine),
+                **dense,
+                reasons=_reasons(device, mine),
                 conditions=conditions,
                 flags=ratio.flags,
             )
@@ -213,7 +215,7 @@ def average_over_time(parts: Sequence[tuple[Estimate, float]]) -> Estimate:
     return Estimate(ratio, ratio - below, ratio + above, sum(part.samples for part, _ in parts), disturbed, flags)
 
 
-def energy_reason(device: Device, cell: Cell) -> str | None:
+def energy_reason(device: Device) -> str | None:
     """Why the device has no energy, or None; asks the sensors, measures nothing."""
     for report in device.sensors():
         if report.what == "energy_j":
@@ -226,7 +228,7 @@ def other_costs(device: Device, cell: Cell, seconds: float) -> dict[str, float |
     if cell.prepare is not None:
         cell.prepare()
     costs: dict[str, float | None] = {"energy_j": None, "power_w": None}
-    if energy_reason(device, cell) is None:
+    if energy_reason(device) is None:
         energy = device.measure_energy(cell.run, seconds)
         costs = {"energy_j": energy.energy_j_per_run, "power_w": energy.power_w}
     if cell.prepare is not None:
@@ -253,9 +255,9 @@ def _mean(parts: Sequence[tuple[float | None, float]]) -> float | None:
     return sum(value * weight for value, weight in values) if len(values) == len(parts) else None
 
 
-def _reasons(device: Device, dense: Cell, costs: Mapping[str, float | None]) -> dict[str, str]:
+def _reasons(device: Device, costs: Mapping[str, float | None]) -> dict[str, str]:
     reasons = {}
-    energy = energy_reason(device, dense) or "the energy sensor gave no reading in the time it had"
+    energy = energy_reason(device) or "the energy sensor gave no reading in the time it had"
     for name, value in costs.items():
         if value is None:
             reasons[name] = energy if name in ("energy_j", "power_w") else f"{device.name} does not report it"
@@ -268,6 +270,3 @@ def _report(progress: Progress | None, cells: int) -> Callable[[Sampler], None]:
             progress(f"measured {cells} plans for {sampler.elapsed_s:.0f} s")
 
     return on_round
-
-
-__all__ = ["Progress", "measure_plans", "random_rows", "replace"]

@@ -39,7 +39,7 @@ def count_gflops(module: nn.Module, kwargs: Mapping[str, Any]) -> float:
     analysis = FlopCountAnalysis(wrapper, tensors)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
     for name in _ELEMENTWISE:
-        analysis.set_op_handle(name, None)
+        analysis.set_op_handle(name, lambda inputs, outputs: 0)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     # fvcore counts a multiply-add once.
     with torch.no_grad():
@@ -145,9 +145,7 @@ def _count_rest(model: Model) -> float:
 
 def _to_meta(value: Any) -> Any:
     values, structure = tree_flatten(value)
-    return tree_unflatten(
-        [item.to("meta") if isinstance(item, torch.Tensor) else item for item in values], structure
-    )
+    return tree_unflatten([item.to("meta") if isinstance(item, torch.Tensor) else item for item in values], structure)
 
 
 # fvcore reports each operator it skips; those are the element-wise ones, skipped on purpose.

@@ -28,7 +28,7 @@ from shiva_search.records.profile import Sample, read_samples, to_csv
 TRIM = 0.2  # share of samples dropped at each end before the mean
 CONFIDENCE = 0.95
 WIDE = 0.05  # half-width of an interval, relative, from which a row is flagged
-_RESAMPLES = 300
+_RESAMPLES = 400
 _DISTURBED_SIGMAS = 3.5
 _DISTURBED_FLOOR = 0.02  # references closer than this never count as disturbed
 _MIN_CLEAN = 4
@@ -60,7 +60,7 @@ class Cell:
     group: str
     prepare: Callable[[], object] | None = None
     target: float = 0.01
-    min_samples: int = 6
+    min_samples: int = 8
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Estimate:
         ratio: cell over reference; low and high bound a 95 % bootstrap interval.
         samples: clean samples it rests on.
         disturbed: share of samples whose references disagree, left out.
-        flags: "wide", "disturbed", "throttled", "no clean sample".
+        flags: "wide" (interval), "disturbed" (over a third of the samples left out), "throttled" or "no clean sample"
+            (nothing was left, so all were taken).
     """
 
     ratio: float
@@ -120,7 +121,7 @@ class Round:
 
 
 def disturbance_limit(samples: Sequence[Sample]) -> float:
-    """How far the two references of a sample may lie apart, as a log ratio: what is usual in these samples, and some."""
+    """How far apart the two references of a sample may lie, as a log ratio: what is usual here, and some."""
     gaps = np.abs([math.log(sample.after_ms / sample.before_ms) for sample in samples])
     if not len(gaps):
         return _DISTURBED_FLOOR
@@ -138,13 +139,14 @@ def log_ratio(sample: Sample) -> float:
     return math.log(sample.ms) - (math.log(sample.before_ms) + math.log(sample.after_ms)) / 2
 
 
-def estimate(samples: Sequence[Sample], limit: float, seed: int = 0) -> Estimate:
+def estimate(samples: Sequence[Sample], limit: float, seed: int = 0, quick: bool = False) -> Estimate:
     """Trimmed mean of log ratios, with a bootstrap interval.
 
     Args:
         samples: of one cell, at least one.
         limit: from disturbance_limit, over all samples of the cell's group.
         seed: of the bootstrap.
+        quick: take the interval from the winsorised variance instead, for deciding what to measure next.
     """
     clean = [sample for sample in samples if not is_disturbed(sample, limit)]
     disturbed = 1 - len(clean) / len(samples)
@@ -152,14 +154,28 @@ def estimate(samples: Sequence[Sample], limit: float, seed: int = 0) -> Estimate
     if len(clean) < min(_MIN_CLEAN, len(samples)):
         # Better a flagged figure than none; the interval is wide of itself.
         clean = list(samples)
-        flags.append("no clean sample")
-    if disturbed > 1 / 3:
-        flags.append("throttled" if any(sample.throttled for sample in samples) else "disturbed")
+        is_throttled = any(sample.throttled for sample in samples)
+        flags.append("throttled" if is_throttled else "no clean sample")
+    elif len(clean) < 2 / 3 * sum(not sample.throttled for sample in samples):
+        flags.append("disturbed")
     logs = np.array([log_ratio(sample) for sample in clean])
-    centre, low, high = trimmed_interval(logs, seed)
+    centre, low, high = (winsorised_interval if quick else trimmed_interval)(logs, seed)
     if high - low > 2 * WIDE:
         flags.append("wide")
     return Estimate(math.exp(centre), math.exp(low), math.exp(high), len(clean), disturbed, tuple(flags))
+
+
+def winsorised_interval(logs: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Trimmed mean, and about the bounds that trimmed_interval gives (Tukey and McLaughlin 1963), without drawing."""
+    count = len(logs)
+    if count < 2:
+        return trimmed_interval(logs)
+    cut = int(TRIM * count)
+    ordered = np.sort(logs)
+    winsorised = np.clip(ordered, ordered[cut], ordered[count - 1 - cut])
+    centre = float(_trimmed_mean(ordered[None])[0])
+    error = float(winsorised.std(ddof=1)) / ((1 - 2 * cut / count) * math.sqrt(count))
+    return centre, centre - 1.96 * error, centre + 1.96 * error
 
 
 def trimmed_interval(logs: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -227,7 +243,8 @@ class SampleLog:
                     os.fsync(file.fileno())
         except OSError as error:
             raise InputError(
-                f"cannot write {self.samples_path}: {error.strerror or error}; choose another folder with --out, or free space"
+                f"cannot write {self.samples_path}: {error.strerror or error}; "
+                "choose another folder with --out, or free space"
             ) from error
 
 
@@ -272,16 +289,20 @@ class Sampler:
         self._round_s = round_s
         self._log = log
         self._clock = clock
+        self._set_aside: dict[str, list[Sample]] = {}
         self._queues: dict[str, deque[str]] = {name: deque() for name in self.groups}
         self._repeats: dict[str, int] = {}
         self._estimates: dict[str, tuple[int, Estimate]] = {}
         self._limits: dict[str, float] = dict.fromkeys(self.groups, math.inf)
         self._owed_s: dict[str, float] = dict.fromkeys(self.groups, 0.0)
+        self._ended = clock()
         if log is not None:
             samples, self.rounds = log.read()
             for sample in samples:
-                if sample.cell in self.samples:
-                    self.samples[sample.cell].append(sample)
+                # Cells that were added on the way may be added again.
+                (self.samples if sample.cell in self.samples else self._set_aside).setdefault(sample.cell, []).append(
+                    sample
+                )
             # A resumed run must not draw the order of the first run again.
             self._rng = np.random.default_rng([seed, len(self.rounds)])
 
@@ -295,7 +316,7 @@ class Sampler:
         for cell in cells:
             if cell.name not in self.cells:
                 self.cells[cell.name] = cell
-                self.samples.setdefault(cell.name, [])
+                self.samples[cell.name] = self._set_aside.pop(cell.name, [])
 
     def open_cells(self, group: str) -> list[Cell]:
         """Cells of a group that are not known well enough yet, the widest interval first."""
@@ -319,6 +340,7 @@ class Sampler:
         """
         for group in self.groups:
             self._limits[group] = disturbance_limit(self._of_group(group))
+        self._ended = self._clock()
         while True:
             first_pass = any(not samples for samples in self.samples.values())
             if not first_pass and self.elapsed_s >= until_s:
@@ -330,23 +352,24 @@ class Sampler:
                 on_round(self)
 
     def estimate(self, name: str) -> Estimate | None:
-        """What is known of a cell; None before its first sample."""
+        """What is known of a cell by now, its interval the quick one; None before its first sample."""
         samples = self.samples[name]
         if not samples:
             return None
         known = self._estimates.get(name)
         if known is None or known[0] != len(samples):
             limit = self._limits[self.cells[name].group]
-            self._estimates[name] = len(samples), estimate(samples, limit, self._seed)
+            self._estimates[name] = len(samples), estimate(samples, limit, quick=True)
         return self._estimates[name][1]
 
     def finish(self) -> dict[str, Estimate]:
         """Estimates of all cells with samples, disturbances judged over all samples of the run."""
-        self._estimates.clear()
-        for group in self.groups:
-            self._limits[group] = disturbance_limit(self._of_group(group))
-        found = {name: self.estimate(name) for name in self.cells}
-        return {name: item for name, item in found.items() if item is not None}
+        limits = {group: disturbance_limit(self._of_group(group)) for group in self.groups}
+        return {
+            name: estimate(samples, limits[self.cells[name].group], self._seed)
+            for name, samples in self.samples.items()
+            if samples
+        }
 
     def reference_ms(self, group: str) -> float | None:
         """Median of a group's references over the whole run."""
@@ -376,7 +399,7 @@ class Sampler:
 
     def _width(self, cell: Cell) -> float:
         known = self.estimate(cell.name)
-        if known is None or known.samples < cell.min_samples:
+        if known is None or known.samples < cell.min_samples or {"throttled", "no clean sample"} & set(known.flags):
             return math.inf
         return known.half_width
 
@@ -394,14 +417,21 @@ class Sampler:
                 continue
             group_begun = self._clock()
             taken += self._chain(
-                self.groups[name], index, started_s - begun, group_begun + self._owed_s[name], until_s - started_s + begun
+                self.groups[name],
+                index,
+                started_s - begun,
+                group_begun + self._owed_s[name],
+                until_s - started_s + begun,
             )
             self._owed_s[name] -= self._clock() - group_begun
         after = self.device.conditions()
         conditions = _over_round(before, after)
         if throttled(before) or throttled(after):
             taken = [Sample(**{**sample.__dict__, "throttled": True}) for sample in taken]
-        finished = Round(index, started_s, self._clock() - begun, conditions)
+        # From the end of the last round on, so that time spent in between is not forgotten.
+        ended = self._clock()
+        finished = Round(index, started_s, ended - self._ended, conditions)
+        self._ended = ended
         self.rounds.append(finished)
         for sample in taken:
             self.samples[sample.cell].append(sample)
@@ -415,7 +445,7 @@ class Sampler:
             self._log.append(taken, finished)
 
     def _chain(self, group: Group, index: int, offset_s: float, until: float, stop: float) -> list[Sample]:
-        """Reference, cell, reference, cell, ..., reference: each reference serves the cell before and the cell after."""
+        """Reference, cell, reference, cell, ..., reference: each serves the cell before it and the cell after it."""
         taken: list[Sample] = []
         before_ms = self._time(group.reference)
         while not taken or (self._clock() < until and self._clock() < stop):
@@ -450,7 +480,7 @@ class Sampler:
         if cell.prepare is not None:
             cell.prepare()
         self.device.time_ms(cell.run)
-        once_ms = self.device.time_ms(cell.run)
+        once_ms = min(self.device.time_ms(cell.run) for _ in range(2))
         self._repeats[cell.name] = max(1, min(1000, math.ceil(self._min_sample_ms / max(once_ms, 1e-6))))
         return True
 

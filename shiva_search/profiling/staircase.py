@@ -65,7 +65,8 @@ def next_counts(points: Mapping[int, Point], tokens: int, alignment: int) -> tup
         # Steps mostly end at aligned counts: one token more settles it. Else halve.
         wanted.append(low + 1 if low % alignment == 0 else (low + high) // 2)
     if _fine_stairs(points, known):
-        wanted += [k + 1 for k in known if k % alignment == 0 and k + 1 not in points and k + 1 < tokens - 1]
+        aligned = range(alignment, tokens - 1, alignment)
+        wanted += [probe for k in aligned for probe in (k, k + 1) if probe < tokens - 1]
     return tuple(sorted(set(wanted) - points.keys()))
 
 

@@ -61,8 +61,8 @@ class CostTable:
         layers: signature of each layer.
         curves: metric -> signature -> Curve, for latency_ms, energy_j, gflops and memory_mib as far as known.
         fixed_costs: metric -> what a plan cannot change; for memory_mib what is held beside the largest layer.
-        interval: relative half-width of the 90 % interval of a predicted latency.
-        dense_latency_ms: low and high bound of the dense latency itself, milliseconds.
+        interval: the 90 % interval of a latency reaches from latency / (1 + interval) to latency * (1 + interval).
+        missing: metric -> why it is unknown.
     """
 
     model: Mapping[str, Any]
@@ -100,10 +100,13 @@ class CostTable:
             InputError: no such metric, layer or count.
         """
         if metric not in (*ADDITIVE, MEMORY):
-            raise InputError(f"layers have {', '.join((*ADDITIVE, MEMORY))}, got {metric!r}; power is energy over latency")
+            raise InputError(
+                f"layers have {', '.join((*ADDITIVE, MEMORY))}, got {metric!r}; power is energy over latency"
+            )
         if not 0 <= layer < len(self.layers) or not 0 <= k <= self.tokens:
             raise InputError(
-                f"a layer lies in [0, {len(self.layers) - 1}] and keeps [0, {self.tokens}] tokens, got layer {layer} at {k}"
+                f"a layer lies in [0, {len(self.layers) - 1}] and keeps [0, {self.tokens}] tokens, "
+                f"got layer {layer} at {k}"
             )
         values = self.table(metric, layer)
         return None if values is None else float(values[k])
@@ -137,8 +140,13 @@ class CostTable:
                 f"this plan is for {plan.layer_count} layers of {plan.tokens} tokens, the cost model for "
                 f"{len(self.layers)} of {self.tokens}; profile this model, or search again"
             )
-        if fingerprint:
-            plan.with_(model=self.model).check_model({**self.model, "config_hash": fingerprint.get("config_hash")})
+        differing = [
+            f"{name} is {self.model[name]!r} in the cost model and {fingerprint[name]!r} in the model"
+            for name in ("architecture", "config_hash")
+            if name in self.model and name in fingerprint and self.model[name] != fingerprint[name]
+        ]
+        if differing:
+            raise InputError(f"this cost model was made for another model: {'; '.join(differing)}; profile this one")
 
     def replay(self, plan: Plan) -> Measurement:
         """What a replay device answers when asked to measure: the prediction, marked as replayed."""
@@ -184,7 +192,7 @@ class CostTable:
             memory_mib = self.fixed_costs[MEMORY] + float(max(peaks))
         return CostEstimate(
             latency_ms=latency_ms,
-            latency_ms_low=None if latency_ms is None else latency_ms * (1 - self.interval),
+            latency_ms_low=None if latency_ms is None else latency_ms / (1 + self.interval),
             latency_ms_high=None if latency_ms is None else latency_ms * (1 + self.interval),
             energy_j=energy_j,
             power_w=None if energy_j is None or not latency_ms else energy_j / latency_ms * 1e3,
@@ -255,9 +263,7 @@ def table_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             "missing": values.get("missing", {}),
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{source} is not a cost model: {error!r}; fit it again with `shiva-search profile`"
-        ) from None
+        raise InputError(f"{source} is not a cost model: {error!r}; fit it again with `shiva-search profile`") from None
 
 
 def load_cost_table(folder: str | Path) -> CostTable:

@@ -291,7 +291,8 @@ def from_csv(kind: type[_Record], path: Path, torn_end: bool = False) -> list[_R
     found = []
     for line in reader:
         try:
-            found.append(kind(**{name: _read_cell(line[name], types) for name, types in columns.items()}))
+            cells: dict[str, Any] = {name: _read_cell(line[name], types) for name, types in columns.items()}
+            found.append(kind(**cells))
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}, line {reader.line_num}: {error}; correct the line, or {_AGAIN}") from None
     return found

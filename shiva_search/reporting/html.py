@@ -55,10 +55,12 @@ def build_report(run_dir: Path) -> list[Path]:
         (plots.cost_model_figure(run.cost_model), (folder.cost_model_png,)),
         (plots.training_figure(run.training), (folder.training_png,)),
     ]
-    written = [path for figure, paths in drawings if figure for path in paths]
+    written = []
     for figure, paths in drawings:
-        for path in paths if figure else ():
-            plots.save(figure, path)
+        if figure is not None:
+            for path in paths:
+                plots.save(figure, path)
+                written.append(path)
     # Only what was drawn now is shown: a picture left from an earlier state must not pass for this one.
     shown = [path for path in [*written, folder.samples_png] if path.suffix == ".png" and path.is_file()]
     write_text(folder.report, render_page(run, {path.name: _data_uri(path) for path in shown}))
@@ -87,20 +89,21 @@ def render_page(run: RunFiles, pictures: Mapping[str, str]) -> str:
     return environment.get_template(TEMPLATE).render(
         title=_title(run.summary),
         subtitle=_subtitle(run.summary),
-        verdict=_verdict(run.summary),
-        tiles=_tiles(run.summary, notes),
+        verdict=_verdict(run),
+        tiles=[*_tiles(run.summary, notes)],
         note=run.summary.get("note"),
         plan_words=plan_in_words(run.plan) if run.plan else "",
         schedule=_schedule_in_words(run.plan) if run.plan else "",
-        costs=_cost_rows(run.summary, notes),
+        costs=[*_cost_rows(run.summary, notes)],
         rounds=_round_rows(run.summary),
+        held_out=_held_out_in_words(run.cost_model),
         measurements=_measurement_rows(run.measurements, notes),
         trials_words=_trials_in_words(run.trials),
         front=_front_rows(run.pareto, run.plan, notes),
         alternatives=_alternative_rows(run.compare or run.summary.get("alternatives") or [], notes),
         seconds=[(stage.replace("_", " "), f"{s:.0f} s") for stage, s in (run.summary.get("seconds") or {}).items()],
-        facts=_facts(run),
-        files=[(name, *about, (run.folder.path / name).is_file()) for name, about in MAKES.items()],
+        facts=[*_facts(run)],
+        files=_file_rows(run),
         commands={name: command for name, (_, command) in MAKES.items()},
         pictures=pictures,
         footnotes=notes,
@@ -134,8 +137,10 @@ def _subtitle(summary: Summary) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _verdict(summary: Summary) -> Mapping[str, str]:
-    holds = summary.get("holds")
+def _verdict(run: RunFiles) -> Mapping[str, str]:
+    summary, holds = run.summary, run.summary.get("holds")
+    if run.plan is None:
+        return {"kind": "open", "text": "No plan yet", "command": MAKES["plan.json"][1]}
     if holds is None:
         return {"kind": "open", "text": "Not measured yet", "command": MAKES["measurements.csv"][1]}
     measured, budget = part_of(summary, "measured"), part_of(summary, "budget")
@@ -195,6 +200,19 @@ def _share(value: float | None) -> str:
     return percent(value) if value is not None else "–"
 
 
+def _held_out_in_words(cost_model: Mapping[str, Any]) -> str:
+    figures = cost_model.get("held_out") or {}
+    names = {"median_error": "median error", "p95_error": "95th percentile", "bias": "bias"}
+    known = [f"{words} {percent(figures[name])}" for name, words in names.items() if figures.get(name) is not None]
+    if known:
+        return f"Predictions for {figures.get('plans', 0):.0f} plans the fit had not seen: {', '.join(known)}."
+    return (
+        f"The cost model was not checked on plans the fit had not seen: {figures['reason']}."
+        if "reason" in figures
+        else ""
+    )
+
+
 def _measurement_rows(rows: Sequence[Row], notes: Footnotes) -> list[Cells]:
     return [
         (
@@ -204,6 +222,7 @@ def _measurement_rows(rows: Sequence[Row], notes: Footnotes) -> list[Cells]:
             _share(row.get("ratio")),
             _share(row.get("predicted_ratio")),
             str(row.get("samples") or "–"),
+            ", ".join(row.get("flags") or []),
         )
         for index, row in enumerate(rows, start=1)
     ]
@@ -273,3 +292,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         elif value is not None and value != "":
             text = number(value) if isinstance(value, float) else str(value)
             yield (prefix + key).replace("_", " "), text
+
+
+def _file_rows(run: RunFiles) -> list[Cells]:
+    return [
+        (name, what, "there" if (run.folder.path / name).is_file() else f"not yet: {command}")
+        for name, (what, command) in MAKES.items()
+    ]

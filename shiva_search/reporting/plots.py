@@ -24,7 +24,7 @@ from shiva_search.records.cost import COST_FIELD
 from shiva_search.records.files import write_atomic
 from shiva_search.records.plan import Plan
 from shiva_search.records.run import Summary
-from shiva_search.reporting.reading import is_chosen
+from shiva_search.reporting.reading import is_chosen, plan_row
 from shiva_search.reporting.tables import Row
 from shiva_search.reporting.words import UNITS, number, part_of, percent
 
@@ -35,7 +35,7 @@ SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#eef4f8", "#7fb2d3"
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 BAND = 0.03  # the error that predictions are held to
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": QUIET,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -103,8 +103,8 @@ def pareto_figure(trials: Sequence[Row], pareto: Sequence[Row], plan: Plan | Non
     budget = summary.get("budget") or {}
     limits = {field: budget.get(metric) for metric, field in [*COST_FIELD.items(), ("mean_keep", "mean_keep")]}
     fields = [field for field, limit in limits.items() if limit is not None] or ["latency_ms"]
-    rows = [*trials, *pareto]
-    fields = [field for field in fields if any(_xy([row], _column("predicted", field)).size for row in rows)]
+    rows = [*trials, *pareto, *([plan_row(plan)] if plan else [])]
+    fields = [field for field in fields if any(_xy([row], _predicted(field)).size for row in rows)]
     if not fields:
         return None
     with _figure(7.2 if len(fields) == 1 else 4.6 * len(fields), 4.6) as figure:
@@ -117,8 +117,8 @@ def pareto_figure(trials: Sequence[Row], pareto: Sequence[Row], plan: Plan | Non
         return figure
 
 
-def _column(part: str, field: str) -> str:
-    return field if field == "mean_keep" else f"{part}_{field}"
+def _predicted(field: str) -> str:
+    return field if field == "mean_keep" else f"predicted_{field}"
 
 
 def _xy(rows: Sequence[Row], *columns: str) -> np.ndarray:
@@ -137,25 +137,30 @@ def _pareto_panel(
     summary: Summary,
     limit: float | None,
 ) -> None:
-    predicted, measured = _column("predicted", field), _column("measured", field)
-    for fits, label, style in (
-        (True, "trial", {"marker": "o", "s": 10, "linewidths": 0, "color": "#9a9a9a"}),
-        (False, "trial over a limit", {"marker": "x", "s": 14, "linewidths": 0.8, "color": "#b5b5b5"}),
-    ):
-        points = _xy([row for row in trials if (row.get("feasible") is not False) is fits], predicted)
-        if points.size:
-            axes.scatter(*points.T, label=label, gid="trials-within" if fits else "trials-over", **style)
-    front = _xy(sorted(pareto, key=lambda row: row.get(predicted) or 0.0), predicted)
+    predicted, measured = _predicted(field), f"measured_{field}"
+    within = _xy([row for row in trials if row.get("feasible") is not False], predicted)
+    over = _xy([row for row in trials if row.get("feasible") is False], predicted)
+    if within.size:
+        axes.plot(*within.T, "o", ms=3.5, mew=0, color="#9a9a9a", label="trial", gid="trials-within")
+    if over.size:
+        axes.plot(*over.T, "x", ms=4, mew=0.8, color="#b5b5b5", label="trial over a limit", gid="trials-over")
+    front_rows = sorted(pareto, key=lambda row: row.get(predicted) or 0.0)
+    front = _xy(front_rows, predicted)
     if front.size:
-        style = {"color": PREDICTED, "mfc": "white", "ms": 5, "lw": 1.3, "drawstyle": "steps-post"}
-        axes.plot(*front.T, "o-", label="front, predicted", gid="front", **style)
-    again = _xy(pareto, predicted, measured) if field != "mean_keep" else _xy([])
+        # No other plan is better in error and latency; against another cost the same plans make no front.
+        line = "-" if field == "latency_ms" or not _xy(front_rows, "predicted_latency_ms").size else ""
+        axes.plot(
+            *front.T, marker="o", ls=line, drawstyle="steps-post", color=PREDICTED, mfc="white", ms=5, lw=1.3,
+            label="front, predicted", gid="front",
+        )  # fmt: skip
+    chosen_rows = [row for row in pareto if is_chosen(row, plan)] or ([plan_row(plan)] if plan else [])
+    again = _xy([*pareto, *(row for row in chosen_rows if row not in pareto)], predicted, measured)
     if again.size:
         axes.plot(again[:, 1], again[:, 2], "D", color=MEASURED, ms=5, label="measured again", gid="measured")
-    chosen = _xy([row for row in pareto if is_chosen(row, plan)], predicted)
+    chosen = _xy(chosen_rows, predicted)
     if chosen.size:
         axes.plot(*chosen[:1].T, "o", ms=13, mfc="none", mec=INK, mew=1.4, label="chosen plan", gid="chosen")
-    _scale_error(axes, np.concatenate([_xy(trials, predicted), front]))
+    _scale_error(axes, np.concatenate([_xy(trials, predicted), front, chosen]))
     _join(axes, again)
     if limit is not None:
         _mark_limit(axes, limit, percent(limit) if field == "mean_keep" else f"{number(limit)} {UNITS[field][1]}")
@@ -172,8 +177,8 @@ def _join(axes: Axes, again: np.ndarray) -> None:
     for x_predicted, x_measured, error in again:
         (left, _), (right, _) = axes.transData.transform([(x_predicted, error), (x_measured, error)])
         roomy = abs(right - left) / axes.figure.dpi * 72 > 20
-        arrow = {"arrowstyle": "-|>" if roomy else "-", "color": MEASURED, "lw": 1.2, "shrinkA": 3 * roomy}
-        arrow |= {"shrinkB": 4 * roomy, "mutation_scale": 8, "zorder": 2.5}
+        head = {"arrowstyle": "-|>", "shrinkA": 3, "shrinkB": 4} if roomy else {"arrowstyle": "-", "shrinkA": 0}
+        arrow = {"color": MEASURED, "lw": 1.2, "mutation_scale": 8, "zorder": 2.5, **head}
         axes.annotate("", (x_measured, error), (x_predicted, error), arrowprops=arrow)
 
 
@@ -216,8 +221,8 @@ def schedule_figure(plan: Plan) -> Figure:
     with _figure(float(np.clip(0.62 * count + 1.6, 6.4, 13.0)), 1.3 + 0.55 * len(plan.segments)) as figure:
         axes = figure.subplots()
         axes.grid(False)
-        mesh = axes.pcolormesh(share_SL * 100, cmap=SHARE_COLOURS, vmin=0, vmax=100, edgecolors="white", linewidth=1.5)
-        crowded = count > 20
+        mesh = axes.pcolormesh(share_SL * 100, cmap=SHARE_COLOURS, vmin=0, vmax=100)
+        crowded = count > 26
         for (segment, layer), share in np.ndenumerate(share_SL):
             if share == 0:
                 axes.fill_between(
@@ -237,6 +242,8 @@ def schedule_figure(plan: Plan) -> Figure:
                 rotation=90 if crowded else 0, color="white" if share > 0.72 else INK,
                 bbox={"facecolor": "#f2f2f2", "lw": 0, "pad": 1.5} if share == 0 else None,
             )  # fmt: skip
+        axes.vlines(np.arange(count + 1), 0, len(plan.segments), color="white", lw=1.5)
+        axes.hlines(np.arange(len(plan.segments) + 1), 0, count, color="white", lw=1.5)
         every = 5 if count > 40 else 2 if crowded else 1
         axes.set_xticks(np.arange(0, count, every) + 0.5, [str(layer) for layer in range(0, count, every)])
         axes.set_yticks(np.arange(len(plan.segments)) + 0.5, [_segment_name(*pair) for pair in plan.segments])
@@ -246,7 +253,7 @@ def schedule_figure(plan: Plan) -> Figure:
         if len(plan.segments) > 1:
             axes.set_ylabel("time t (1 is noise)")
         axes.set_title(f"Tokens kept of {plan.tokens}, {percent(plan.mean_keep)} on average")
-        figure.colorbar(mesh, ax=axes, label="tokens kept (%)", pad=0.01, ticks=[0, 50, 100]).outline.set_visible(False)  # type: ignore[operator]
+        figure.colorbar(mesh, ax=axes, label="tokens kept (%)", pad=0.01, ticks=[0, 50, 100]).outline.set_visible(False)
         return figure
 
 
@@ -337,11 +344,12 @@ def training_figure(rows: Sequence[Row]) -> Figure | None:
     columns = min(len(names), 2)
     bands = -(-len(names) // columns)
     with _figure(6.4 if columns == 1 else 8.0, 2.7 * bands + 0.3) as figure:
-        panels = figure.subplots(bands, columns, squeeze=False, sharex=True)
+        panels = figure.subplots(bands, columns, squeeze=False)
         for axes, name in zip(panels.flat, names, strict=False):
             _training_panel(axes, rows, name)
         for axes in panels.flat[len(names) :]:
             axes.axis("off")
+        figure.supxlabel("training step", size="medium")
         return figure
 
 
@@ -365,7 +373,8 @@ def _training_panel(axes: Axes, rows: Sequence[Row], name: str) -> None:
     if (values > 0).all() and values.max() / values.min() > 10:
         _logarithmic(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set(xlabel="training step", title=_ABOUT_TRAINING[name])
+    axes.margins(y=0.12)
+    axes.set_title(_ABOUT_TRAINING[name])
 
 
 def stages_of(rows: Sequence[Row]) -> Iterator[tuple[float, str, list[float], list[Row]]]:
@@ -379,12 +388,12 @@ def stages_of(rows: Sequence[Row]) -> Iterator[tuple[float, str, list[float], li
 
 
 def smoothed(values: np.ndarray, share: float = 0.1) -> np.ndarray:
-    """Centred mean over a window of `share` of the points, narrower at the ends so that nothing is invented there."""
+    """Mean over a window of `share` of the points around each one, cut off at the ends."""
     half = max(1, int(len(values) * share / 2))
     index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, index[::-1]))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return np.asarray((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    return np.asarray((sums[high] - sums[low]) / (high - low))
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

@@ -104,3 +104,14 @@ def kept_rows(row: Row) -> list[list[int]]:
 def is_chosen(row: Row, plan: Plan | None) -> bool:
     """Whether a row is the chosen plan: the same tokens kept, or, without a plan, marked as chosen."""
     return kept_rows(row) == [list(k) for k in plan.tokens_kept] if plan else row.get("chosen") is True
+
+
+def plan_row(plan: Plan) -> Row:
+    """What a plan knows of itself, as a row of pareto.csv: it need not lie on the front."""
+    return {
+        "tokens_kept": [list(kept) for kept in plan.tokens_kept],
+        "mean_keep": plan.mean_keep,
+        "error": plan.fidelity.get("error"),
+        **{f"predicted_{name}": value for name, value in plan.predicted.items()},
+        **{f"measured_{name}": value for name, value in plan.measured.items()},
+    }

@@ -45,15 +45,20 @@ _MEASURED = tuple(
 _CONSTRAINTS = tuple(f"constraint_{metric}" for metric in (*COST_FIELD, "mean_keep"))  # cost - limit: above 0 breaks it
 
 #: Columns of each file, in order (summary.json: records.run.Summary). tokens_kept is JSON, a row of k per segment.
-TRIALS = ("trial", "origin", "state", "tokens_kept", "mean_keep", "error", "feasible")
-TRIALS += (*_PREDICTED, *_CONSTRAINTS, "seconds")
-PARETO = ("trial", "tokens_kept", "mean_keep", "error", *_PREDICTED, *_MEASURED, "chosen")
-MEASUREMENTS = ("round", "plan", "tokens_kept", "samples", "dense_latency_ms")
-MEASUREMENTS += ("latency_ms", "latency_ms_low", "latency_ms_high", "ratio", "ratio_low", "ratio_high")
-MEASUREMENTS += ("dense_energy_j", "energy_j", "dense_power_w", "power_w", "dense_peak_memory_mib", "peak_memory_mib")
-MEASUREMENTS += ("predicted_latency_ms", "predicted_ratio", "holds", "reasons", "conditions")
-TRAINING = ("stage", "step", "loss", "distillation", "diffusion", "error", "keep", "seconds")
-COMPARE = ("method", "settings", "latency_ms", "latency_ms_low", "latency_ms_high", "ratio", "error", "note")
+_Columns = tuple[str, ...]
+TRIALS: _Columns = (
+    *("trial", "origin", "state", "tokens_kept", "mean_keep", "error", "feasible"),
+    *(*_PREDICTED, *_CONSTRAINTS, "seconds"),
+)
+PARETO: _Columns = ("trial", "tokens_kept", "mean_keep", "error", *_PREDICTED, *_MEASURED, "chosen")
+MEASUREMENTS: _Columns = (
+    *("round", "plan", "tokens_kept", "samples", "dense_latency_ms", "latency_ms", "latency_ms_low", "latency_ms_high"),
+    *("ratio", "ratio_low", "ratio_high", "dense_energy_j", "energy_j", "dense_power_w", "power_w"),
+    *("dense_peak_memory_mib", "peak_memory_mib", "dense_gflops", "gflops", "predicted_latency_ms", "predicted_ratio"),
+    *("holds", "flags", "replayed", "reasons", "conditions"),
+)
+TRAINING: _Columns = ("stage", "step", "loss", "distillation", "diffusion", "error", "keep", "seconds")
+COMPARE: _Columns = ("method", "settings", "latency_ms", "latency_ms_low", "latency_ms_high", "ratio", "error", "note")
 
 
 # ---- CSV files -------------------------------------------------------------------------------------------------------
@@ -186,8 +191,8 @@ def closing_table(summary: Summary, plan: Plan | None = None, files: Sequence[Pa
                 relative += ": the budget holds" if summary["holds"] else ": the budget is broken"
         rows.append((part, costs(part) + relative))
     split = f" on {summary['error_split']} images" if summary.get("error_split") else ""
-    meaning = f", squared difference to the dense output, normalised{split}" if summary.get("error") is not None else ""
-    rows.append(("error", error_in_words(summary, notes) + meaning))
+    meaning = f"{split} (squared difference to the dense output, normalised; 0 is dense)"
+    rows.append(("error", error_in_words(summary, notes) + (meaning if summary.get("error") is not None else "")))
     folders = {path.parent for path in files}
     if len(folders) == 1:
         rows.append(("files written", f"{folders.pop()}/: " + ", ".join(path.name for path in files)))

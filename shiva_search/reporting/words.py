@@ -5,7 +5,6 @@ In: the run's summary and plan. Out: texts with units. A figure that is not know
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -27,7 +26,8 @@ def number(value: float, digits: int = 4) -> str:
     """A number to so many significant digits, without an exponent: 184.2, 12.31, 0.0412, 15300."""
     if value == 0:
         return "0"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    # The exponent is taken after rounding: 9.9999 becomes 10.00.
+    decimals = digits - 1 - int(f"{value:.{digits - 1}e}".partition("e")[2])
     return f"{round(value, decimals):.{max(decimals, 0)}f}"
 
 

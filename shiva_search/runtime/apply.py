@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from shiva_search.errors import InputError
@@ -18,6 +19,15 @@ _MARK = "_shiva_plan"
 
 class AppliedPlan:
     """Hooks on a model, until `remove()` or the end of a `with` block.
+
+    Args:
+        model: it keeps its class, its weights and its other hooks.
+        plan: tokens kept per layer.
+        scorer: ranks tokens, or the name of one that needs no training.
+        guidance: whether the two halves of a batch share one selection (eq. 32). None: they do where both hold the same
+            images, as pipelines build them for guidance.
+        gate: training's estimator.
+        bypasses: the rejected path by layer.
 
     Raises:
         InputError: the plan does not fit the model (layers, tokens, fingerprint).
@@ -45,16 +55,17 @@ class AppliedPlan:
             rows=plan.tokens_kept,
             tokens=plan.tokens,
             scorer=scorer_by_name(scorer) if isinstance(scorer, str) else scorer,
-            guidance=bool(plan.workload.get("guidance", False)) if guidance is None else guidance,
+            guidance=bool(guidance),
             gate=gate,
             bypasses=bypasses or {},
         )
+        self._looks_for_halves = guidance is None
         remove_plan(model.module)  # a new plan replaces an old one
         self._replaced: list[tuple[nn.Module, Any]] = []
         for layer in model.layers:
             self._replaced.append((layer.module, layer.module.__dict__.get("forward")))
             forward = layer.module.forward
-            layer.module.forward = PrunedBlock(layer, forward, self.controller)  # type: ignore[method-assign]
+            layer.module.forward = PrunedBlock(layer, forward, self.controller)
         self._root_hook = model.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         object.__setattr__(model.module, _MARK, self)
 
@@ -64,6 +75,8 @@ class AppliedPlan:
         controller.t_B = self.model.times(named)
         controller.history = None
         controller.row = 0
+        if self._looks_for_halves:
+            controller.halves = _equal_halves(named[self.model.family.image_argument])
         if len(self.plan.segments) > 1:
             rows = {self.plan.row_at(t) for t in controller.t_B.tolist()}
             if len(rows) > 1:
@@ -79,7 +92,7 @@ class AppliedPlan:
             if previous is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = previous  # type: ignore[method-assign]
+                module.forward = previous
         self._replaced = []
         self._root_hook.remove()
         if getattr(self.model.module, _MARK, None) is self:
@@ -90,6 +103,14 @@ class AppliedPlan:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _equal_halves(images: torch.Tensor) -> torch.Tensor | None:
+    """Whether both halves of a batch hold the same images, as a scalar on their device; None for an odd batch."""
+    if len(images) % 2:
+        return None
+    first, second = images.chunk(2)
+    return (first == second).all()
 
 
 def remove_plan(module: nn.Module) -> None:

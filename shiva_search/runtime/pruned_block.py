@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from shiva_search.errors import InputError
 from shiva_search.models.model import Layer
 from shiva_search.runtime.scorers import History, TokenScorer
 from shiva_search.runtime.token_ops import gather_tokens, scatter_tokens, share_over_guidance, top_k
@@ -53,7 +54,9 @@ class Controller:
         row: the row in force, set from the timestep at the start of each forward.
         tokens: N.
         scorer: ranks tokens.
-        guidance: the batch holds two halves that share one selection.
+        guidance: the batch holds two halves that share one selection (eq. 32).
+        halves: where guidance is not known beforehand: a scalar tensor, true if the forward under way has two halves
+            of equal images. It stays on its device, so that nothing waits for it.
         gate: training's estimator, or None.
         bypasses: the rejected path by layer; missing means identity.
         t_B: normalised time of the forward under way.
@@ -67,6 +70,7 @@ class Controller:
     tokens: int
     scorer: TokenScorer
     guidance: bool = False
+    halves: torch.Tensor | None = None
     gate: Gate | None = None
     bypasses: Mapping[int, Bypass] = field(default_factory=dict)
     row: int = 0
@@ -85,7 +89,10 @@ class Controller:
             scores_BN = self.scorer(x_BND, self.t_B, condition_BC, layer, history=history)  # type: ignore[call-arg]
         else:
             scores_BN = self.scorer(x_BND, self.t_B, condition_BC, layer)
-        return share_over_guidance(scores_BN) if self.guidance else scores_BN
+        if len(scores_BN) % 2 or not (self.guidance or self.halves is not None):
+            return scores_BN  # an odd batch has no halves: a pipeline may run the conditional half alone
+        shared_BN = share_over_guidance(scores_BN)
+        return shared_BN if self.halves is None else torch.where(self.halves, shared_BN, scores_BN)
 
     def remember(self, x_BND: torch.Tensor, out_BND: torch.Tensor, kept_BK: torch.Tensor | None) -> None:
         """Update the history after a layer; kept_BK is None where all tokens were processed."""
@@ -115,6 +122,11 @@ class PrunedBlock:
         controller, adapter, index = self.controller, self.layer.adapter, self.layer.index
         kwargs.update(zip(self.layer.arguments, args, strict=False))
         x_BND: torch.Tensor = kwargs[adapter.tokens]
+        if x_BND.shape[1] != controller.tokens:
+            raise InputError(
+                f"this plan is for {controller.tokens} image tokens, the model was called with {x_BND.shape[1]}; "
+                "search again at this resolution"
+            )
         resume = controller.resume
         if resume is not None and index <= resume.layer:
             if index < resume.layer:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Batch, Model
@@ -31,7 +32,7 @@ Row = tuple[int, ...]
 #: (layer, tokens kept) -> predicted cost of running that block; any unit.
 LayerCost = Callable[[int, int], float]
 
-SKETCH = 1024
+SKETCH = 512
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,13 @@ class FidelityEvaluator:
         """
         return self.judge(self._rows(plan)).error
 
-    def judge(self, rows: Rows, rival: Judged | None = None, patience: float = 2.0) -> Judged:
+    def judge(self, rows: Rows, rival: Judged | None = None, doubt: float = 0.02) -> Judged:
         """Judge a plan; stop early where it is clearly worse than `rival`.
 
         Args:
             rows: a row of tokens kept per segment.
             rival: a completely judged plan; None never stops.
-            patience: standard errors (paired over samples, the same inputs for both) by which it must be worse.
+            doubt: chance, by a paired t test over the samples seen, of stopping a plan that is as good as the rival.
         """
         parts: list[Floats] = []
         sketch = np.zeros(self.sketch_size)
@@ -152,7 +153,7 @@ class FidelityEvaluator:
                     continue
                 worse = np.concatenate(parts) - rival.parts[:seen]
                 spread = float(worse.std(ddof=1)) / seen**0.5 if seen > 1 else np.inf
-                if float(worse.mean()) > max(patience * spread, 0.02 * rival.error):
+                if float(worse.mean()) > max(_quantile(doubt, seen - 1) * spread, 0.02 * rival.error):
                     break
         seen_parts = np.concatenate(parts)
         error, complete = float(seen_parts.mean()), len(seen_parts) == len(self.batch)
@@ -214,10 +215,13 @@ class FidelityEvaluator:
         self._probe_chunks = sum(min(self.probe, len(parts)) for parts in per_segment)
         # A segment with fewer chunks than `probe` shifts nothing: chunks are dealt out round by round.
         chunks = []
-        with torch.no_grad(), self._applied():
+        with torch.no_grad(), self._applied() as controller:
+            controller.record = frozenset({0})
             for segment, members in order:
                 batch = _take(self.batch, members)
                 dense = self._forward(batch)
+                # The first layer is dense in every plan, so this state serves them all.
+                self._prefixes.put(len(chunks), self._dense_row, controller.recorded[0])
                 weight_b = torch.ones(len(members)) if weight is None else weight(t_B[members]).float()
                 energy_b = dense.float().flatten(1).square().sum(1).cpu()
                 chunks.append(_Chunk(batch, segment, dense, energy_b, weight_b))
@@ -278,7 +282,7 @@ class _Prefixes:
     @property
     def capacity(self) -> int:
         """States that fit at all: no more than this many are worth keeping from one forward."""
-        return 1 if not self._largest and self._room else self._room // max(self._largest, 1)
+        return self._room // max(self._largest, 1)
 
     def longest(self, chunk: int, row: Row) -> Resume | None:
         for length in range(len(row) - 1, 0, -1):
@@ -323,6 +327,11 @@ def _take(batch: Batch, members: torch.Tensor) -> Batch:
         return value
 
     return Batch(cut(batch.inputs), cut(batch.t_B), None if batch.target is None else cut(batch.target))
+
+
+@lru_cache(maxsize=256)
+def _quantile(doubt: float, freedom: int) -> float:
+    return float(stats.t.isf(doubt, freedom)) if freedom > 0 else np.inf
 
 
 @lru_cache(maxsize=32)

@@ -139,8 +139,8 @@ def said(metric: str, value: float, up: bool = False) -> str:
     """A value with its unit, four digits; rounded up where a floor is named, so that the named figure is feasible."""
     digits = 3 - math.floor(math.log10(abs(value))) if value else 0
     step = 10.0**-digits
-    # A hair above the value, so that a figure read back from the message still covers it.
-    shown = math.ceil(value / step * (1 + 1e-12)) * step if up else value
+    # Within the tolerance of the space, so that 10 does not become 10.01 by a rounding in the last bit.
+    shown = math.ceil(value / step * (1 - 1e-10)) * step if up else value
     return f"{shown:.{max(digits, 0)}f} {_SAID[metric][1]}".strip()
 
 
@@ -216,9 +216,10 @@ def _solve_once(space: Space, errors_PC: Floats, time_limit_s: float, margin: fl
 def _least_power(space: Space) -> Ints | None:
     """Least energy per latency: Dinkelbach's iteration on energy - power * latency, which ends in a few steps."""
     power_w, best = math.inf, None
+    energy_PC, latency_PC = (np.where(np.isfinite(t), t, 0.0) for t in map(space.tables.get, ("energy_j", "latency_ms")))
     for _ in range(50):
         weight = 1e-3 * (power_w if best is not None else 0.0)
-        found = _solve(space, np.nan_to_num(space.tables["energy_j"] - weight * space.tables["latency_ms"]), 60.0)
+        found = _solve(space, energy_PC - weight * latency_PC, 60.0)
         if found is None:
             return None
         reached = float(space.total("power_w", found.plan_P[None])[0])

@@ -140,7 +140,7 @@ def search(
     if dense is not None:
         return dense
 
-    evaluator = _evaluator(model, scorer, space, seed, samples, chunk)
+    evaluator = evaluator_for(model, scorer, space, seed, samples, chunk)
     digest = _digest(model, scorer, space, samples, chunk, seed)
     if storage is None and folder is not None:
         storage = f"journal:{Path(folder) / '.search.journal'}"
@@ -163,7 +163,7 @@ def search(
         say(f"study {study.study_name}; others may join with `shiva-search worker --study {study.study_name}`")
     plans = PlanStudy(study, space, effects, evaluator, settings, progress)
     exact = solve(space, effects.errors_PC)
-    _enqueue_start(plans, exact.plan_P, trials)
+    enqueue_start(plans, exact.plan_P, trials)
     plans.run(trials)
 
     pool = Pool(plans, seed)
@@ -256,7 +256,7 @@ def join_study(
         raise InputError(
             f"this study judges with scorer {settings['scorer']}, not {scorer_identity(scorer)}; pass the same one"
         )
-    evaluator = _evaluator(model, scorer, space, settings["seed"], settings["samples"], settings["chunk"])
+    evaluator = evaluator_for(model, scorer, space, settings["seed"], settings["samples"], settings["chunk"])
     # Workers that start from the same trials would propose the same plans; their seed tells them apart.
     own = {**settings, "seed": int(np.random.default_rng().integers(2**31))}
     plans = PlanStudy(study, space, effects, evaluator, own, progress)
@@ -366,10 +366,10 @@ def _dense_if_it_fits(
     return SearchResult(plan, pareto=[{**row, "chosen": True}], measurement=measurement, note=note, cost=cost)
 
 
-def _evaluator(
+def evaluator_for(
     model: Model, scorer: TokenScorer | str, space: Space, seed: int, samples: int, chunk: int
 ) -> FidelityEvaluator:
-    """Counts work by predicted latency where there is one."""
+    """The evaluator of a search: work is counted by predicted latency where there is one."""
     edges = np.concatenate([[0.0], np.cumsum(space.weights)])
     edges[-1] = 1.0
     segments = [(float(low), float(high)) for low, high in zip(edges, edges[1:], strict=False)]
@@ -413,9 +413,10 @@ def _with_choices(fresh: Space, space: Space, scale: Mapping[str, float], cost: 
     return replace(space, cost=tables, fixed=fresh.fixed, limits=limits)
 
 
-def _enqueue_start(plans: PlanStudy, exact_P: Ints, trials: int) -> None:
+def enqueue_start(plans: PlanStudy, exact_P: Ints, trials: int) -> None:
     """The exact solution first, then exact solutions at budgets along the front."""
     plans.enqueue(exact_P, "exact")
+    # A dozenth of the trials at most: the front is there for the picture and for what it teaches about other budgets.
     points = min(8, trials // 12)
     if points:
         metric = next((m for m in ("latency_ms", "energy_j", "gflops", "mean_keep") if m in plans.space.limits), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,6 +16,7 @@ def encode(vector: Floats) -> str:
     return base64.b64encode((vector / largest).astype("<f2").tobytes()).decode("ascii")
 
 
+@lru_cache(maxsize=4096)
 def decode(text: str | None) -> Floats | None:
     """Inverse of encode up to a positive factor."""
     return None if not text else np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float64)

@@ -154,6 +154,7 @@ class PlanStudy:
         self.study.sampler = sampler
         self._surrogate = Surrogate(space, effects)  # first order only: moves other samplers' proposals onto the budget
         self._best = np.inf
+        self._read: dict[int, Record] = {}
 
     # ---- what is known -----------------------------------------------------------------------------------------------
 
@@ -161,7 +162,9 @@ class PlanStudy:
         """Judged plans in order, each once: a plan judged again counts by its first complete judgement."""
         seen: dict[bytes, Record] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            record = self._record(trial)
+            if trial.number not in self._read:  # what is complete does not change
+                self._read[trial.number] = self._record(trial)
+            record = self._read[trial.number]
             key = record.plan_P.tobytes()
             if key not in seen or (record.complete and not seen[key].complete):
                 seen[key] = record
@@ -201,8 +204,13 @@ class PlanStudy:
         self.study.add_trial(trial)
         return self._record(self.study.get_trials(deepcopy=False)[-1])
 
-    def run(self, trials: int, most_here: int | None = None) -> None:
-        """Judge plans until the study holds `trials` of them, or `most_here` more were judged by this process.
+    def run(self, trials: int, most_here: int | None = None, forwards: float = np.inf) -> None:
+        """Judge plans until the study holds `trials` of them.
+
+        Args:
+            trials: plans judged in the study as a whole.
+            most_here: stop after this many by this process.
+            forwards: stop when this process has done so much work, in dense forward passes over the batch.
 
         Raises:
             KeyboardInterrupt: passed on; the trial under way is marked failed and taken up again by the next run.
@@ -220,7 +228,8 @@ class PlanStudy:
             exhausted = getattr(study.sampler, "exhausted", False)
             # Samplers may repeat plans for ever where the space is small.
             stuck = len(study.get_trials(deepcopy=False)) > 20 * trials + 200
-            if known >= trials or exhausted or stuck or (most_here is not None and done_here >= most_here):
+            enough = known >= trials or (most_here is not None and done_here >= most_here)
+            if enough or exhausted or stuck or self.evaluator.forwards >= forwards:
                 study.stop()
 
         with _quiet():

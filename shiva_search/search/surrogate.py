@@ -19,7 +19,7 @@ from shiva_search.search.sensitivity import Effects
 _LENGTHS = (0.5, 1.0, 2.0, 4.0)
 _ADDITIVE = (0.0, 0.5, 0.9)
 #: Judged plans that are learned from: the latest and the best; older poor ones say little about where the best lie.
-_MOST = 400
+_MOST = 256
 
 
 class Surrogate:
@@ -46,6 +46,9 @@ class Surrogate:
         self._plans: Ints = np.zeros((0, space.positions), dtype=np.int64)
         self._residuals: Floats = np.zeros((0, self._table.shape[-1]))
         self._weights: Floats | None = None
+        self._inverse: Floats = np.zeros((0, 0))
+        self._setting: tuple[float, float] | None = None
+        self._chosen_with = 0
         self.noise = 0.0
 
     @property
@@ -76,23 +79,26 @@ class Surrogate:
         if len(plans_nP) < 2:
             return
         squared, additive = self._kernels(plans_nP)
-        off_diagonal = squared[np.triu_indices(len(plans_nP), 1)]
-        typical = float(np.median(off_diagonal)) or 1.0
-        best_loss, gram = np.inf, self._residuals @ self._residuals.T
-        for share in _ADDITIVE:
-            for length in _LENGTHS:
-                kernel = self._mix(squared, additive, share, typical * length**2)
-                kernel[np.diag_indices(len(kernel))] += 1e-3 * float(np.mean(np.diag(kernel)))
-                factor = cho_factor(kernel, lower=True)
-                inverse = cho_solve(factor, np.eye(len(kernel)))
-                # Leave one out in closed form: residual_i = (K^-1 r)_i / (K^-1)_ii, squared norms through the Gram matrix.
-                diagonal = np.diag(inverse)
-                left_out = np.einsum("ij,jk,ik->i", inverse, gram, inverse) / diagonal**2
-                loss = float(np.log(np.maximum(left_out, 1e-12)).mean())
-                if loss < best_loss:
-                    best_loss = loss
-                    self._setting, self._inverse = (share, typical * length**2), inverse
-                    self.noise = float((left_out * diagonal).mean())
+        gram = self._residuals @ self._residuals.T
+        # Choosing costs a dozen inversions, so it is done again only when a fifth more is known.
+        if self._setting is None or len(plans_nP) > 1.2 * self._chosen_with or len(plans_nP) < self._chosen_with:
+            typical = float(np.median(squared[np.triu_indices(len(plans_nP), 1)])) or 1.0
+            options = [(share, typical * length**2) for share in _ADDITIVE for length in _LENGTHS]
+            self._chosen_with = len(plans_nP)
+        else:
+            options = [self._setting]
+        best_loss = np.inf
+        for setting in options:
+            kernel = self._mix(squared, additive, *setting)
+            kernel[np.diag_indices(len(kernel))] += 1e-3 * float(np.mean(np.diag(kernel)))
+            inverse = cho_solve(cho_factor(kernel, lower=True), np.eye(len(kernel)))
+            # Leave one out in closed form: residual_i = (K^-1 r)_i / (K^-1)_ii, squared norms through the Gram matrix.
+            diagonal = np.diag(inverse)
+            left_out = ((inverse @ gram) * inverse).sum(1) / diagonal**2
+            loss = float(np.log(np.maximum(left_out, 1e-12)).mean())
+            if loss < best_loss:
+                best_loss, self._setting, self._inverse = loss, setting, inverse
+                self.noise = float((left_out * diagonal).mean())
         self._weights = self._inverse @ self._residuals
 
     def first_order(self, plans_MP: Ints) -> Floats:
@@ -102,21 +108,23 @@ class Surrogate:
     def change(self, plans_MP: Ints) -> tuple[Floats, Floats]:
         """Expected change of the output [M, S] and the share of the process's variance left [M]."""
         mean = self.first_order(plans_MP)
-        if self._weights is None:
+        if self._weights is None or self._setting is None:
             return mean, np.ones(len(plans_MP))
         share, scale = self._setting
         squared, additive = self._kernels(plans_MP, self._plans)
         cross = self._mix(squared, additive, share, scale)
         own = (1 - share) + share * self._own(plans_MP)
-        left = own - np.einsum("mn,nk,mk->m", cross, self._inverse, cross, optimize=True)
+        left = own - ((cross @ self._inverse) * cross).sum(1)
         return mean + cross @ self._weights, np.maximum(left, 0.0)
 
     def predict(self, plans_MP: Ints) -> tuple[Floats, Floats]:
         """Expected error [M] and a rough standard deviation of it [M]."""
-        plans_MP = np.atleast_2d(plans_MP)
-        mean, left = self.change(plans_MP)
-        size = (mean**2).sum(1)
-        spread = self.noise * left
+        return self.judge(*self.change(np.atleast_2d(plans_MP)))
+
+    def judge(self, mean_MS: Floats, left_M: Floats) -> tuple[Floats, Floats]:
+        """Errors and their rough standard deviations [M] from what `change` returned."""
+        size = np.einsum("ms,ms->m", mean_MS, mean_MS)
+        spread = self.noise * left_M
         # Part of the unknown change points along the known one, which is what moves the error up and down.
         return size + 0.5 * spread, np.sqrt(size * spread) * 0.3 + 0.5 * spread
 

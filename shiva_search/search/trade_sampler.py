@@ -23,6 +23,9 @@ from shiva_search.search.sensitivity import Effects
 from shiva_search.search.sketches import decode
 from shiva_search.search.surrogate import Surrogate
 
+#: Pair trades in a row from one start, and how many of the best pairs are looked at closely each time.
+_ROUNDS, _PAIRS = 3, 48
+
 
 def parameter_name(space: Space, position: int) -> str:
     """Name of a position's parameter: segment and layer."""
@@ -59,12 +62,13 @@ class TradeSampler(BaseSampler):
         starts: how many of the best plans are traded from.
     """
 
-    def __init__(self, space: Space, effects: Effects, seed: int = 0, explore: float = 0.05, starts: int = 4) -> None:
+    def __init__(self, space: Space, effects: Effects, seed: int = 0, explore: float = 0.05, starts: int = 3) -> None:
         self.space, self.effects = space, effects
         self.seed, self.explore, self.starts = seed, explore, starts
         self.surrogate = Surrogate(space, effects)
         #: Whether no plan was found that had not been proposed before.
         self.exhausted = False
+        self._read: dict[int, Ints] = {}
 
     def reseed_rng(self) -> None:
         """Proposals depend on the trial's number, so parallel workers differ without reseeding."""
@@ -87,13 +91,14 @@ class TradeSampler(BaseSampler):
         """A plan that holds the limits and was not proposed before."""
         if not search_space:
             return {}
-        trials = study.get_trials(deepcopy=False)
-        names = set(distributions(self.space))
+        names = distributions(self.space).keys()
         tried, judged = set(), []
-        for other in trials:
+        for other in study.get_trials(deepcopy=False):
             if other.number == trial.number or not names <= other.params.keys():
                 continue
-            plan_P = from_params(self.space, other.params)
+            if other.number not in self._read:
+                self._read[other.number] = from_params(self.space, other.params)
+            plan_P = self._read[other.number]
             tried.add(plan_P.tobytes())
             if other.state == TrialState.COMPLETE:
                 judged.append((plan_P, other.values[0], other.user_attrs))
@@ -136,39 +141,36 @@ class TradeSampler(BaseSampler):
     def _predicted(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
         """Best untried plan by an optimistic prediction, after a few rounds of exhaustive pair trades from each start."""
         space, surrogate = self.space, self.surrogate
-        pool: list[Ints] = []
+        pool: list[tuple[Ints, Floats, Floats]] = []
         for start in starts:
             plan_P = start
-            for _ in range(3):
-                options = neighbours(space, plan_P)
-                base_S = surrogate.change(plan_P[None])[0][0]
-                change_MS = surrogate.change(options)[0] - base_S
-                pairs = trades(space, plan_P, change_MS, options, base_S, most=48)
-                step = np.concatenate([options[space.feasible(options)], pairs])
-                if not len(step):
+            for _ in range(_ROUNDS):
+                around = np.concatenate([plan_P[None], neighbours(space, plan_P)])
+                change_MS, left_M = surrogate.change(around)
+                errors, spread = surrogate.judge(change_MS, left_M)
+                holds = space.feasible(around)
+                pool.append((around[holds], errors[holds], spread[holds]))
+                pairs = trades(space, plan_P, change_MS[1:] - change_MS[0], around[1:], change_MS[0], most=_PAIRS)
+                if len(pairs):
+                    pool.append((pairs, *surrogate.predict(pairs)))
+                plans, predicted = np.concatenate([around[holds], pairs]), [errors[holds]]
+                if len(pairs):
+                    predicted.append(pool[-1][1])
+                best = int(np.argmin(np.concatenate(predicted)))
+                if np.array_equal(plans[best], plan_P):
                     break
-                pool.append(step)
-                errors = surrogate.errors(step)
-                best = int(np.argmin(errors))
-                if errors[best] >= surrogate.errors(plan_P[None])[0] * (1 - 1e-6):
-                    break
-                plan_P = fill(space, step[best], surrogate.errors, steps=3)
-                pool.append(plan_P[None])
-        if not pool:
+                plan_P = plans[best]
+        plans_MP, first = np.unique(np.concatenate([plans for plans, _, _ in pool]), axis=0, return_index=True)
+        errors = np.concatenate([item for _, item, _ in pool])[first]
+        spread = np.concatenate([item for _, _, item in pool])[first]
+        new = np.array([plan.tobytes() not in tried for plan in plans_MP])
+        if not new.any():
             return None
-        plans_MP = np.unique(np.concatenate(pool), axis=0)
-        plans_MP = plans_MP[[plan.tobytes() not in tried for plan in plans_MP]]
-        if not len(plans_MP):
-            return None
-        errors, spread = surrogate.predict(plans_MP)
-        # How much the unknown may promise varies from proposal to proposal, from not at all to a standard deviation.
-        promise = errors - rng.uniform(0.0, 1.0) * spread
-        for index in np.argsort(promise, kind="stable")[:8]:
-            filled = fill(space, plans_MP[index], surrogate.errors, steps=3)
-            for plan_P in (filled, plans_MP[index]):
-                if plan_P.tobytes() not in tried and space.feasible(plan_P[None])[0]:
-                    return plan_P
-        return None
+        plans_MP, errors, spread = plans_MP[new], errors[new], spread[new]
+        # How much the unknown may promise varies from proposal to proposal, from nothing to a standard deviation.
+        best = int(np.argmin(errors - rng.uniform(0.0, 1.0) * spread))
+        filled = fill(space, plans_MP[best], surrogate.errors, steps=2)
+        return plans_MP[best] if filled.tobytes() in tried else filled
 
     def _random(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
         """A few random changes to one of the starts, moved back onto the budget; wider and wider until one is new."""

@@ -1,13 +1,12 @@
-"""What one training step sees. In: a model's training split, a seed, a step. Out: groups of samples, a row of k for each.
+"""What one training step sees. In: a model's training split, a seed, a step. Out: groups of samples that share a row.
 
-Everything is drawn from (seed, step) alone, so a step taken up again after an interruption sees what it would have seen.
+Everything is drawn from (seed, step) alone: a step taken up again after an interruption sees what it would have seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -81,19 +80,5 @@ def planned_groups(plan: Plan, batch: Batch, size: int) -> Iterator[Group]:
     for segment, row in enumerate(plan.tokens_kept):
         rows = [index for index, found in enumerate(segment_of) if found == segment]
         if rows:
-            for piece in take(batch, rows).chunks(size):
+            for piece in batch.take(rows).chunks(size):
                 yield Group(piece, row, len(piece) / len(batch))
-
-
-def take(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The samples of the given indices, in that order."""
-    count, rows_R = len(batch), torch.tensor(rows)
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-            return value[rows_R.to(value.device)]
-        if isinstance(value, Mapping):
-            return {name: pick(item) for name, item in value.items()}
-        return value
-
-    return Batch(pick(batch.inputs), pick(batch.t_B), None if batch.target is None else pick(batch.target))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,11 @@ def _recent(rows: Sequence[Row]) -> float:
 
 def _resume(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Any]) -> list[Row]:
     start_over = "delete it to start over, or choose another folder"
+    if not zipfile.is_zipfile(path):  # what torch.save writes; anything else could fail in any way
+        raise InputError(f"checkpoint {path} is damaged or no checkpoint; {start_over}")
     try:
         state = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise InputError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); {start_over}") from error
     if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is no checkpoint of this release; {start_over}")

@@ -33,8 +33,8 @@ def relative_error(output: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
 
 def feature_distance(student_BND: torch.Tensor, teacher_BND: torch.Tensor) -> torch.Tensor:
     """Mean squared distance between LayerNorm-ed features (eq. 31), a scalar: 0 alike, 2 unrelated."""
-    normalised = (F.layer_norm(x.float(), x.shape[-1:]) for x in (student_BND, teacher_BND))
-    return F.mse_loss(*normalised)
+    student_BND, teacher_BND = (F.layer_norm(x.float(), x.shape[-1:]) for x in (student_BND, teacher_BND))
+    return F.mse_loss(student_BND, teacher_BND)
 
 
 def distillation_loss(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -55,9 +56,7 @@ class RatioPolicy(nn.Module):
         return torch.cat([torch.ones_like(ratios_BL[:, :1]), ratios_BL[:, 1:]], dim=1)
 
     @torch.no_grad()
-    def compile_rows(
-        self, segments: Sequence[tuple[float, float]], tokens: int, points: int = 32
-    ) -> list[list[int]]:
+    def compile_rows(self, segments: Sequence[tuple[float, float]], tokens: int, points: int = 256) -> list[list[int]]:
         """The look-up table for inference: k = floor(N r), a row per segment, an entry per layer (eq. 12).
 
         Args:
@@ -74,34 +73,49 @@ class RatioPolicy(nn.Module):
 
 
 def tokens_kept(ratios_BL: torch.Tensor, tokens: int) -> list[list[int]]:
-    """k = floor(N r) per sample and layer (eq. 12); whole numbers, decided once and on the host."""
+    """Whole tokens k = floor(N r) per sample and layer (eq. 12), decided once, on the host."""
     kept_BL = (ratios_BL.detach().double() * tokens + 1e-6).floor().clamp(0, tokens)
     rows: list[list[int]] = kept_BL.long().tolist()
     return rows
 
 
-def table_cost(kept_BL: torch.Tensor, grid_G: torch.Tensor, cost_LG: torch.Tensor) -> torch.Tensor:
-    """What the layers cost together, [B], piecewise linear in the tokens kept, hence differentiable.
+@dataclass(frozen=True)
+class CostTable:
+    """What each layer costs at each token count, measured or counted, as tensors.
 
-    Args:
-        kept_BL: tokens kept, real-valued, [B, L].
-        grid_G: token counts of the table, strictly ascending; beyond its ends the last slope is continued.
-        cost_LG: cost of each layer at each of them, in any unit (milliseconds, joules, MiB, FLOPs), [L, G].
+    Attributes:
+        grid_G: token counts, strictly ascending, the last one all tokens; at least two.
+        cost_LG: cost of each layer at each of them, in any unit (milliseconds, joules, MiB, FLOPs).
+        fixed: cost of what is no layer, same unit.
 
     Raises:
-        InputError: shapes that do not fit, or fewer than two grid points.
+        InputError: shapes that do not fit.
     """
-    layers, points = kept_BL.shape[1], len(grid_G)
-    if points < 2 or cost_LG.shape != (layers, points):
-        raise InputError(
-            f"a cost table needs [layers, points] = [{layers}, at least 2], got {list(cost_LG.shape)} for {points} points"
-        )
-    right_BL = torch.searchsorted(grid_G, kept_BL.detach().contiguous()).clamp(1, points - 1)
-    left_BL = right_BL - 1
-    layer_L = torch.arange(layers, device=kept_BL.device)
-    share_BL = (kept_BL - grid_G[left_BL]) / (grid_G[right_BL] - grid_G[left_BL])
-    cost_BL = torch.lerp(cost_LG[layer_L, left_BL], cost_LG[layer_L, right_BL], share_BL)
-    return cost_BL.sum(dim=1)
+
+    grid_G: torch.Tensor
+    cost_LG: torch.Tensor
+    fixed: float = 0.0
+
+    def __post_init__(self) -> None:
+        points = len(self.grid_G)
+        if points < 2 or self.cost_LG.ndim != 2 or self.cost_LG.shape[1] != points:
+            raise InputError(
+                "a cost table has an entry per layer and grid point, and two grid points or more, "
+                f"got {list(self.cost_LG.shape)} for {points} points"
+            )
+
+    def cost(self, kept_BL: torch.Tensor) -> torch.Tensor:
+        """Cost [B] of real-valued tokens kept [B, L]; piecewise linear, the outermost slopes go on."""
+        grid_G, cost_LG = self.grid_G.to(kept_BL), self.cost_LG.to(kept_BL)
+        right_BL = torch.searchsorted(grid_G, kept_BL.detach().contiguous()).clamp(1, len(grid_G) - 1)
+        left_BL = right_BL - 1
+        layer_L = torch.arange(kept_BL.shape[1], device=kept_BL.device)
+        share_BL = (kept_BL - grid_G[left_BL]) / (grid_G[right_BL] - grid_G[left_BL])
+        return torch.lerp(cost_LG[layer_L, left_BL], cost_LG[layer_L, right_BL], share_BL).sum(dim=1) + self.fixed
+
+    def share(self, kept_BL: torch.Tensor) -> torch.Tensor:
+        """Cost [B] as a share of the dense model's."""
+        return self.cost(kept_BL) / (self.cost_LG[:, -1].sum() + self.fixed)
 
 
 def _two_layers(features: int, hidden: int) -> nn.Sequential:

@@ -236,9 +236,9 @@ def load_selector(path: str | Path) -> Router:
 
 
 def sinusoid(t_B: torch.Tensor, features: int) -> torch.Tensor:
-    """Cosines and sines [B, features] of normalised time in [0, 1], periods from 0.001 to 6 of it, geometric."""
+    """Cosines and sines [B, features] of normalised time in [0, 1], periods from 0.06 to 6 of it, geometric."""
     half = features // 2
-    frequency_H = torch.exp(torch.linspace(0.0, math.log(1000.0), half, device=t_B.device))
+    frequency_H = torch.exp(torch.linspace(0.0, math.log(100.0), half, device=t_B.device))
     angle_BH = t_B[:, None] * frequency_H
     return torch.cat([angle_BH.cos(), angle_BH.sin()], dim=-1)
 

@@ -10,14 +10,12 @@ the pruned student, in groups of samples that share a row of tokens kept. See fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
@@ -25,164 +23,10 @@ from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.pruned_block import Bypass
 from shiva_search.selection.batches import Group, draw_batch, planned_groups, step_seed, stratified_groups
+from shiva_search.selection.distilling import Distiller, frozen
 from shiva_search.selection.fitting import Progress, Row, fit
-from shiva_search.selection.gates import Estimator, get_estimator
-from shiva_search.selection.losses import diffusion_loss, distillation_loss, distilled_layers, relative_error
 from shiva_search.selection.router import Router
-from shiva_search.selection.soft_topk import inclusion, perturb, soft_rank
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the stages have in common.
-
-    Attributes:
-        estimator: "update" or "literal" (gates.py).
-        lr: peak learning rate of the router.
-        sigma: standard deviation of the noise on scores, in units of score.
-        tau_rank: temperature of the soft rank at the first and at the last step; geometric in between.
-        tau_sel: likewise of the inclusion score.
-        feature_weight: of the compared layers beside the output in the distillation loss.
-        diffusion_weight: of the diffusion loss, where targets are known.
-    """
-
-    estimator: str = "update"
-    lr: float = 1e-3
-    sigma: float = 0.1
-    tau_rank: tuple[float, float] = (0.2, 0.05)
-    tau_sel: tuple[float, float] = (0.1, 0.05)
-    feature_weight: float = 0.5
-    diffusion_weight: float = 0.1
-
-    def temperatures(self, progress: float) -> tuple[float, float]:
-        """(tau_rank, tau_sel) at a share of the way in [0, 1]."""
-        rank, sel = ((a * (b / a) ** progress) for a, b in (self.tau_rank, self.tau_sel))
-        return rank, sel
-
-
-@dataclass
-class TrainingGate:
-    """The runtime's Gate for training: an estimator, its temperatures and the noise on scores.
-
-    Attributes:
-        estimator: how dL/dpi is found.
-        tokens: N.
-        tau_rank, tau_sel, sigma: temperatures and noise in force.
-        generator: source of the noise.
-        soft_k: real-valued tokens kept by layer, [] or [B, 1], where k learns (eq. 24); else the plan's own.
-    """
-
-    estimator: Estimator
-    tokens: int
-    tau_rank: float
-    tau_sel: float
-    sigma: float
-    generator: torch.Generator
-    soft_k: Mapping[int, torch.Tensor] = field(default_factory=dict)
-
-    def perturb(self, scores_BN: torch.Tensor) -> torch.Tensor:
-        """Noisy scores."""
-        return perturb(scores_BN, self.sigma, self.generator)
-
-    def inclusion(self, scores_BN: torch.Tensor, k: int, layer: int) -> torch.Tensor:
-        """Inclusion scores [B, N] of one layer."""
-        ranks_BN = soft_rank(scores_BN, self.tau_rank)
-        return inclusion(ranks_BN, self.soft_k.get(layer, k), self.tau_sel, self.tokens)
-
-    def enter(self, x_kept_BKD: torch.Tensor, pi_kept_BK: torch.Tensor) -> torch.Tensor:
-        """See Estimator."""
-        return self.estimator.enter(x_kept_BKD, pi_kept_BK)
-
-    def leave(self, x_kept_BKD: torch.Tensor, out_kept_BKD: torch.Tensor, pi_kept_BK: torch.Tensor) -> torch.Tensor:
-        """See Estimator."""
-        return self.estimator.leave(x_kept_BKD, out_kept_BKD, pi_kept_BK)
-
-    def stay(self, x_BND: torch.Tensor, pi_BN: torch.Tensor) -> torch.Tensor:
-        """See Estimator. The runtime hands over all tokens; the kept ones are overwritten, so they add no gradient."""
-        return self.estimator.stay(x_BND, pi_BN) if self.estimator.gates_rejected else x_BND
-
-
-class Distiller:
-    """Runs the dense teacher and the pruned student of one model through one set of hooks."""
-
-    def __init__(self, applied: AppliedPlan, recipe: Recipe) -> None:
-        self.applied, self.recipe = applied, recipe
-        model = applied.model
-        self.device = next(model.module.parameters()).device
-        self.compared = frozenset(distilled_layers(model.layer_count)) if recipe.feature_weight else frozenset[int]()
-        self.half = prefers_bfloat16(model.module)
-
-    def gate(self, seed: int, progress: float, **more: Any) -> TrainingGate:
-        """The gate of one step."""
-        tau_rank, tau_sel = self.recipe.temperatures(progress)
-        generator = torch.Generator().manual_seed(seed)
-        estimator = get_estimator(self.recipe.estimator)
-        tokens = self.applied.model.tokens
-        return TrainingGate(estimator, tokens, tau_rank, tau_sel, self.recipe.sigma, generator, **more)
-
-    def backward(self, group: Group, gate: TrainingGate, extra: torch.Tensor | None = None) -> dict[str, float]:
-        """Forward of the teacher, forward and backward of the student; gradients are added up, weighted by share.
-
-        Args:
-            group: samples and their row of tokens kept.
-            gate: of this step.
-            extra: a further loss of this group (the budget's), already weighted.
-
-        Returns:
-            Detached figures of this group: loss, distillation, diffusion (where known), error, keep.
-        """
-        tokens, batch, recipe = self.applied.model.tokens, group.batch, self.recipe
-        with torch.no_grad(), self.teaching():
-            dense, teacher = self._forward(group, (tokens,) * len(group.row))
-        self.applied.controller.gate = gate
-        try:
-            output, student = self._forward(group, group.row)
-        finally:
-            self.applied.controller.gate = None
-        distillation = distillation_loss(output, dense, student, teacher, recipe.feature_weight)
-        loss = distillation
-        figures = {"distillation": distillation}
-        if batch.target is not None:
-            figures["diffusion"] = diffusion_loss(output, batch.target)
-            loss = loss + recipe.diffusion_weight * figures["diffusion"]
-        if extra is not None:
-            loss = loss + extra
-        figures = {"loss": loss, **figures, "error": relative_error(output.detach(), dense)}
-        if loss.requires_grad:  # not where every layer is dense or skipped: nothing was chosen
-            (loss * group.share).backward()
-        return {name: float(value) for name, value in figures.items()} | {"keep": sum(group.row) / len(group.row) / tokens}
-
-    @contextmanager
-    def teaching(self) -> Iterator[None]:
-        """Hook for stages whose student differs from the teacher by more than the selection."""
-        yield
-
-    def _forward(self, group: Group, row: tuple[int, ...]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Output, and the tokens behind the compared layers, with a row in force."""
-        controller, seen = self.applied.controller, {}
-
-        def observe(layer: int, x_BND: torch.Tensor, out_BND: torch.Tensor, kept_BK: torch.Tensor | None) -> None:
-            if layer in self.compared:
-                seen[layer] = out_BND
-
-        planned = controller.rows
-        controller.rows, controller.observer = [row] * len(planned), observe
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                output = self.applied.model.predict(group.batch.inputs)
-        finally:
-            controller.rows, controller.observer = planned, None
-        return output, seen
-
-    def step(self, groups: Iterable[Group], gate: TrainingGate) -> dict[str, float]:
-        """All groups of one step, one after the other; figures are means over samples."""
-        return mean_figures([(group.share, self.backward(group, gate)) for group in groups])
-
-
-def mean_figures(parts: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
-    """Weighted means of figures, by name."""
-    total = sum(share for share, _ in parts)
-    return {name: sum(share * figures[name] for share, figures in parts) / total for name in parts[0][1]}
+from shiva_search.selection.training_gate import Recipe
 
 
 def warm_up(
@@ -354,27 +198,8 @@ def _train(
             stage, [(router, recipe.lr)], step, steps=steps, identity=identity, checkpoint=checkpoint,
             checkpoint_every_s=checkpoint_every_s, progress=progress,
         )  # fmt: skip
-    router.origin = {**router.origin, stage: {"steps": steps, "seed": seed, "batch_size": batch_size, **settings}}
+    router.eval().requires_grad_(False)
+    router.origin = {
+        "stage": stage, "steps": steps, "seed": seed, "batch_size": batch_size, **settings, "after": router.origin
+    }  # fmt: skip
     return rows
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of the module asks for gradients inside; afterwards each as before."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, asked in before:
-            parameter.requires_grad_(asked)
-
-
-def prefers_bfloat16(module: nn.Module) -> bool:
-    """Whether float32 weights run faster under bfloat16 autocast here: on accelerators, and CPUs with instructions for it."""
-    parameter = next(module.parameters())
-    if parameter.dtype != torch.float32:
-        return False
-    if parameter.device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return parameter.device.type == "cuda" and torch.cuda.is_bf16_supported()

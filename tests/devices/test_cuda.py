@@ -56,6 +56,7 @@ def test_peak_memory_is_above_what_was_live() -> None:
         cuda.allocate(2 * 2**20)
 
     assert device_on(cuda).peak_memory_mib(run) == 8.0
+    assert cuda.calls == ["enter device 0", "synchronize 0", "synchronize 0", "leave device 0"]
 
 
 def test_capture_warms_up_on_a_side_stream_and_returns_the_replay() -> None:

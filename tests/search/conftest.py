@@ -111,7 +111,7 @@ def model() -> Model:
     return build_model()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., Model]:
     return build_model
 
@@ -121,6 +121,6 @@ def cost(model: Model) -> SyntheticCost:
     return SyntheticCost(model.tokens, model.layer_count)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_cost() -> Callable[..., SyntheticCost]:
     return SyntheticCost

@@ -48,7 +48,9 @@ seen by neither, and are used for the classifier's accuracy and the reference of
 
 ## Training
 
-    python -m shiva_search.models.reference.recipe transformer --work DIR {options}
+The commands of `python -m shiva_search.models.reference.recipe`, each taking up the checkpoint of the one before:
+
+{commands}
 
 {steps} steps on a CPU in {minutes:.0f} minutes, first on images of 14 x 14 (the same tokens at half the density), then
 of 28 x 28. The weights are an exponential moving average over the steps. Mean squared error of the velocity:
@@ -101,7 +103,11 @@ Fashion-MNIST, under the MIT licence:
 
 
 def write_card(
-    figures: dict[str, Any], curve: Sequence[CurveRow], classifier: dict[str, str], options: str, rows: int = 12
+    figures: dict[str, Any],
+    curve: Sequence[CurveRow],
+    classifier: dict[str, Any],
+    commands: Sequence[str],
+    rows: int = 12,
 ) -> str:
     """Fill in the model card.
 
@@ -109,25 +115,27 @@ def write_card(
         figures: what `evaluate` returned for the finished model, scores included.
         curve: rows of the loss curve.
         classifier: metadata of the shipped classifier: "test_accuracy" and "test_images".
-        options: command line options of the training.
-        rows: about how many rows of the curve to show; the first and the last are always among them.
+        commands: of the training, in order.
+        rows: about how many rows of the curve to show; the last of each stretch is always among them.
 
     Returns:
         The card, in Markdown.
     """
     stride = max(1, len(curve) // rows)
-    shown = [row for index, row in enumerate(curve) if index % stride == 0 or index == len(curve) - 1]
+    # A thinned model counts its steps anew: where the count falls, a stretch has ended.
+    ends = {index for index, row in enumerate(curve) if index == len(curve) - 1 or curve[index + 1][0] <= row[0]}
+    shown = [row for index, row in enumerate(curve) if index % stride == 0 or index in ends]
     errors = figures["leave_out_nmse"]
     table = [(f"guidance {row['guidance']:g}", row) for row in figures["scores"]]
     table.append((f"{figures['real']['samples']} held-out photographs", figures["real"]))
     return CARD.format(
         tokens=figures["size"] ** 2,
         blocks=len(errors),
-        test_images=f"{int(classifier['test_images']):,}",
+        test_images=f"{classifier['test_images']:,}",
         held_out=f"{HELD_OUT:,}",
         splits=", ".join(f'{part.start} to {part.stop - 1} "{name}"' for name, part in SPLITS.items()),
-        options=options,
-        steps=f"{curve[-1][0]:,}",
+        commands="\n".join(f"    {command}" for command in commands),
+        steps=f"{sum(curve[index][0] for index in ends):,}",
         minutes=curve[-1][3] / 60,
         curve="\n".join(f"| {step} | {size} | {loss:.4f} |" for step, size, loss, _ in shown),
         dtype=figures["dtype"],
@@ -138,5 +146,5 @@ def write_card(
         samples=f"{figures['samples']:,}",
         steps_per_sample=figures["steps"],
         scores="\n".join(f"| {name} | {row['agreement']:.1%} | {row['frechet']:.2f} |" for name, row in table),
-        accuracy=float(classifier["test_accuracy"]),
+        accuracy=classifier["test_accuracy"],
     )

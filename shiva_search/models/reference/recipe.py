@@ -2,6 +2,7 @@
 
     python -m shiva_search.models.reference.recipe classifier --work DIR   # scores samples
     python -m shiva_search.models.reference.recipe transformer --work DIR  # resumable, checkpoints in DIR
+    python -m shiva_search.models.reference.recipe thin --source FILE --block 6 --work DIR2  # drops a block
     python -m shiva_search.models.reference.recipe evaluate --work DIR     # figures, into DIR/evaluation.json
     python -m shiva_search.models.reference.recipe ship --work DIR         # writes the files beside this script
 
@@ -28,10 +29,11 @@ from shiva_search.models.reference.shipping import read_checkpoint, ship, traine
 from shiva_search.models.reference.training import (
     ClassifierRecipe,
     TransformerRecipe,
+    leave_out_block,
     train_classifier,
     train_transformer,
 )
-from shiva_search.models.reference.transformer import build_transformer, load_transformer
+from shiva_search.models.reference.transformer import build_transformer, layers_in, load_transformer
 from shiva_search.records.files import write_json
 
 
@@ -56,6 +58,11 @@ def run_transformer(args: argparse.Namespace) -> None:
     train_transformer(recipe, args.work, args.data, save_every=args.save_every, seconds=args.seconds)
 
 
+def run_thin(args: argparse.Namespace) -> None:
+    """Start a checkpoint without one block."""
+    leave_out_block(args.source, args.block, args.work)
+
+
 def run_classifier(args: argparse.Namespace) -> None:
     """Train the classifier."""
     train_classifier(recipe_of(args, ClassifierRecipe), args.work, args.data)
@@ -69,9 +76,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
     else:
         state = read_checkpoint(args.work / "transformer.pt")
         step, size = state["step"], trained_size(state)
-        model = build_transformer(seed=0)
+        model = build_transformer(0, layers_in(state["ema"]))
         model.load_state_dict(state["ema"])
-    figures = {"step": step} | evaluate(
+    figures: dict[str, Any] = {"step": step} | evaluate(
         model, size=size, images=args.images, samples=args.samples, guidance=args.guidance, steps=args.steps,
         seed=args.seed, device=args.device, dtype=getattr(torch, args.dtype),
     )  # fmt: skip
@@ -114,8 +121,13 @@ def main() -> None:
     evaluation.add_argument("--device", default="cpu")
     evaluation.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     shipping = commands.add_parser("ship", help="write the files that come with the package")
-    shipping.add_argument("--trained-with", help="the transformer's training options, if its checkpoint lacks them")
-    for command in (transformer, classifier, evaluation, shipping):
+    shipping.add_argument(
+        "--trained-with", action="append", help="a command of the transformer's training with its options, in order"
+    )
+    thin = commands.add_parser("thin", help="start a checkpoint from a trained one without one block, to train on")
+    thin.add_argument("--source", type=Path, required=True, help="the trained transformer.pt")
+    thin.add_argument("--block", type=int, required=True, help="index of the block to leave out")
+    for command in (transformer, classifier, evaluation, shipping, thin):
         command.add_argument("--work", type=Path, required=command is not evaluation, help="folder of checkpoints")
         command.add_argument("--threads", type=int, default=0, help="of torch on the CPU (0: its own choice)")
     for command in (transformer, classifier, shipping):
@@ -123,7 +135,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    run = {"transformer": run_transformer, "classifier": run_classifier, "evaluate": run_evaluate, "ship": run_ship}
+    run = {
+        "transformer": run_transformer,
+        "thin": run_thin,
+        "classifier": run_classifier,
+        "evaluate": run_evaluate,
+        "ship": run_ship,
+    }
     try:
         run[args.command](args)
     except ShivaError as error:

@@ -6,9 +6,11 @@ Each part is written where what it needs is there, and the answer says of the ot
 from __future__ import annotations
 
 import csv
-import shlex
+import json
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from shiva_search.models.reference.card import write_card
 from shiva_search.models.reference.classifier import Classifier
 from shiva_search.models.reference.data import HERE, SPLITS, load_split, to_pixels
 from shiva_search.models.reference.evaluation import feature_moments
-from shiva_search.models.reference.transformer import build_transformer
+from shiva_search.models.reference.transformer import build_transformer, layers_in
 from shiva_search.records.files import read_json, write_atomic, write_json, write_text
 
 
@@ -29,14 +31,14 @@ class NotReadyError(InputError):
     """What a part is made of is not there yet."""
 
 
-def ship(work: Path, data: Path, target: Path = HERE, trained_with: str | None = None) -> dict[str, str]:
+def ship(work: Path, data: Path, target: Path = HERE, trained_with: Sequence[str] | None = None) -> dict[str, str]:
     """Write every part whose inputs exist.
 
     Args:
         work: folder with transformer.pt and evaluation.json, classifier.pt, or either.
         data: folder of the IDX files.
         target: where the files go, by default beside this module.
-        trained_with: options the transformer was trained with, where its checkpoint does not hold them.
+        trained_with: commands the transformer was trained with, in order, where its checkpoint does not hold them.
 
     Returns:
         For each part, "written" or why it was left as it is.
@@ -57,12 +59,17 @@ def ship(work: Path, data: Path, target: Path = HERE, trained_with: str | None =
     return outcome
 
 
+def about(known: dict[str, Any]) -> dict[str, str]:
+    """Metadata of a safetensors file under one key: several keys are written in an order that changes."""
+    return {"about": json.dumps(known)}
+
+
 def ship_calibration(data: Path, target: Path) -> None:
     """The held-out images and labels, uint8, with the rows of each split in the metadata."""
     if not data.is_dir():
         raise NotReadyError(f"there is no data in {data}. Install dataset-fashion-mnist or pass --data.")
     images, labels = load_split(data, "held_out")
-    rows = {name: f"{part.start}:{part.stop}" for name, part in SPLITS.items()}
+    rows = about({name: [part.start, part.stop] for name, part in SPLITS.items()})
     tensors = {"images": images.contiguous(), "labels": labels.to(torch.uint8)}
     write_atomic(target / "calibration.safetensors", lambda path: save_file(tensors, path, metadata=rows))
 
@@ -84,24 +91,25 @@ def ship_classifier(work: Path, data: Path, target: Path) -> None:
     accuracy = (classifier.head(features).argmax(1) == labels).double().mean().item()
     mean, covariance = feature_moments(features)
     weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
-    known = {"test_accuracy": f"{accuracy:.4f}", "test_images": str(len(images)), "epochs": str(state["epoch"])}
+    known = about({"test_accuracy": accuracy, "test_images": len(images)} | state["recipe"])
     write_atomic(target / "classifier.safetensors", lambda path: save_file(weights, path, metadata=known))
     moments = {"mean": mean, "covariance": covariance}
-    known = {"test_images": str(len(images))}
-    write_atomic(target / "test_features.safetensors", lambda path: save_file(moments, path, metadata=known))
+    counted = about({"test_images": len(images)})
+    write_atomic(target / "test_features.safetensors", lambda path: save_file(moments, path, metadata=counted))
 
 
 def ship_transformer(work: Path, target: Path) -> None:
     """The averaged weights in diffusers format, and the loss curve."""
     state = read_finished_transformer(work)
-    model = build_transformer(seed=0)
+    model: Any = build_transformer(0, layers_in(state["ema"]))  # save_pretrained is diffusers' own
     model.load_state_dict(state["ema"])
     folder = target / "transformer"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".tmp-") as temporary:
         model.float().save_pretrained(temporary, safe_serialization=True)
         for file in sorted(Path(temporary).iterdir()):
-            file.replace(folder / file.name)
+            # Only its owner may read what safetensors writes; a copy has the usual permissions.
+            write_atomic(folder / file.name, partial(_copy, file))
 
     def write_curve(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -112,7 +120,11 @@ def ship_transformer(work: Path, target: Path) -> None:
     write_atomic(target / "training_curve.csv", write_curve)
 
 
-def ship_card(work: Path, target: Path, trained_with: str | None) -> None:
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)
+
+
+def ship_card(work: Path, target: Path, trained_with: Sequence[str] | None) -> None:
     """MODEL_CARD.md, with figures from work/evaluation.json, which is shipped beside it."""
     state = read_finished_transformer(work)
     if not (work / "evaluation.json").exists():
@@ -126,24 +138,13 @@ def ship_card(work: Path, target: Path, trained_with: str | None) -> None:
     if not (target / "classifier.safetensors").exists():
         raise NotReadyError("the card states the classifier's accuracy, and it is not shipped. Ship it first.")
     with safe_open(target / "classifier.safetensors", framework="pt") as file:
-        classifier = dict(file.metadata())
-    command = trained_with if trained_with is not None else recipe_options(state)
-    card = write_card(figures, state["curve"], classifier, command)
+        classifier = json.loads(file.metadata()["about"])
+    commands = trained_with or state.get("commands")
+    if commands is None:
+        raise NotReadyError("the card states how the model was trained, transformer.pt does not. Pass --trained-with.")
+    card = write_card(figures, state["curve"], classifier, commands)
     write_json(target / "evaluation.json", figures)
     write_text(target / "MODEL_CARD.md", card)
-
-
-def recipe_options(state: dict[str, Any]) -> str:
-    """The command line options that repeat a transformer's training, from its checkpoint."""
-    if "recipe" not in state:
-        raise NotReadyError("the card states the training options, which transformer.pt lacks. Pass --trained-with.")
-    words = []
-    for name, value in state["recipe"].items():
-        option = name.replace("_", "-")
-        words += (
-            [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", f"{value}"]
-        )
-    return shlex.join(words)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

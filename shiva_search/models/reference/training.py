@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from shiva_search.errors import InputError
 from shiva_search.models.reference.classifier import Classifier
 from shiva_search.models.reference.data import augment, draw_batch, load_split, to_pixels
-from shiva_search.models.reference.transformer import build_transformer
+from shiva_search.models.reference.transformer import build_transformer, layers_in
 from shiva_search.records.files import write_atomic
 
 
@@ -38,6 +40,8 @@ class TransformerRecipe:
     """Learning rate of AdamW."""
     ema: float = 0.995
     """Decay of the averaged weights, which are the ones shipped."""
+    layers: int = 8
+    """Blocks of the model."""
     compile: bool = True
     """Whether the forward pass goes through torch.compile."""
 
@@ -56,9 +60,19 @@ class ClassifierRecipe:
     """Highest learning rate of the one-cycle schedule."""
 
 
+def command_of(name: str, recipe: TransformerRecipe) -> str:
+    """The command of the recipe that trains so, every option spelt out, since defaults may change."""
+    words = [name]
+    for key, value in asdict(recipe).items():
+        option = key.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    return shlex.join(words)
+
+
 def build_optimizers(model: torch.nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks (equal-sized updates keep every block in use), AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = name.startswith("transformer_blocks") and parameter.ndim == 2 and ".emb." not in name
         (matrices if inside and muon_lr > 0 else rest).append(parameter)
@@ -87,22 +101,28 @@ def train_transformer(
         seconds: stop after this long, over all resumed runs; 0 trains to the end.
     """
     pixels, labels = _training_pixels(data)
-    model = build_transformer(recipe.seed)
+    model = build_transformer(recipe.seed, recipe.layers)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizers = build_optimizers(model, recipe.muon_lr, recipe.adam_lr)
     base_lrs = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(recipe.seed)
     step, curve, before = 0, [], 0.0
+    commands: list[str] | None = []  # all that led to these weights; None where a checkpoint does not say
     checkpoint = work / "transformer.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        generator.set_state(state["generator"])
         step, curve, before = state["step"], state["curve"], state["seconds"]
+        commands = state.get("commands")
+        if "optimizers" in state:  # not in one that leave_out_block has made
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            generator.set_state(state["generator"])
         print(f"resumed at step {step}", flush=True)
+    command = command_of("transformer", recipe)
+    if commands is not None and commands[-1:] != [command]:
+        commands.append(command)
     forward = torch.compile(model) if recipe.compile else model
     total = recipe.small_steps + recipe.steps
     started, saved_at, losses = time.monotonic() - before, time.monotonic(), []
@@ -136,11 +156,48 @@ def train_transformer(
             state = {
                 "model": model.state_dict(), "ema": average.state_dict(), "step": step, "curve": curve,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers], "recipe": asdict(recipe),
+                "commands": commands,
                 "generator": generator.get_state(), "seconds": time.monotonic() - started,
             }  # fmt: skip
             _save(state, checkpoint)
             if out_of_time:
                 return
+
+
+def leave_out_block(source: Path, block: int, work: Path) -> None:
+    """Start a checkpoint in `work` from a trained one without one of its blocks; training on lets the others take over.
+
+    Args:
+        source: a trained transformer.pt.
+        block: index of the block that is left out.
+        work: folder of the new checkpoint, which must not be there yet.
+
+    Raises:
+        InputError: the block does not exist, or the new checkpoint does.
+    """
+    state = torch.load(source, weights_only=True)
+    layers = layers_in(state["ema"])
+    target = work / "transformer.pt"
+    if not 0 <= block < layers or target.exists():
+        raise InputError(f"block {block} is to be left out of {layers} into a new {target}; choose another")
+
+    def without(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        kept = {}
+        for name, value in weights.items():
+            parts = name.split(".")
+            if parts[0] == "transformer_blocks":
+                if int(parts[1]) == block:
+                    continue
+                parts[1] = str(int(parts[1]) - (int(parts[1]) > block))
+            kept[".".join(parts)] = value
+        return kept
+
+    averaged, commands = without(state["ema"]), state.get("commands")
+    thinned = {
+        "model": averaged, "ema": averaged, "step": 0, "curve": state["curve"], "seconds": state["seconds"],
+        "commands": None if commands is None else [*commands, f"thin --block {block}"],
+    }  # fmt: skip
+    _save(thinned, target)
 
 
 def train_classifier(recipe: ClassifierRecipe, work: Path, data: Path) -> None:

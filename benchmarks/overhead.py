@@ -1,0 +1,113 @@
+"""What selecting tokens costs: everything but the block itself, as a share of the dense block's time.
+
+Scoring by an untrained router, choosing, gathering and scattering, timed by the runtime's own path around a block that
+hands its tokens back. Dense block, selection and a pruned block take turns, so that all see the same machine.
+
+    python -m benchmarks.overhead --tokens 1024 --width 384 --keep 0.6 --batch 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.timing import print_result, random_dit
+from shiva_search.models.model import Layer, Model
+from shiva_search.profiling.conditions import record_inputs
+from shiva_search.runtime.pruned_block import Controller, PrunedBlock
+from shiva_search.runtime.scorers import History, TokenScorer
+from shiva_search.selection.router import Router
+
+_LAYER = 1  # the first keeps all tokens
+
+
+def block_calls(model: Model, scorer: TokenScorer, keep: float) -> dict[str, Callable[[], Any]]:
+    """One block dense, pruned, and with all but the block itself, on the arguments of a dense forward."""
+    layer = model.layers[_LAYER]
+    kwargs = record_inputs(model, model.example())[layer.signature]
+    k = int(keep * model.tokens)
+    t_B = model.times(model.example())
+
+    def around(forward: Callable[..., Any]) -> Callable[[], Any]:
+        controller = Controller(
+            rows=[[k] * model.layer_count],
+            tokens=model.tokens,
+            scorer=scorer,
+            guidance=model.workload.guidance,
+            t_B=t_B,
+        )
+        seen_BN = torch.ones(len(t_B), model.tokens)
+        history = History(seen_BN, seen_BN)
+        block = PrunedBlock(layer, forward, controller)
+
+        def run() -> Any:
+            controller.history = history if getattr(scorer, "uses_history", False) else None
+            return block(**kwargs)
+
+        return run
+
+    return {
+        "dense": lambda: layer.module.forward(**kwargs),
+        "pruned": around(layer.module.forward),
+        "selection": around(_hand_back(layer)),
+    }
+
+
+def _hand_back(layer: Layer) -> Callable[..., Any]:
+    adapter = layer.adapter
+    return lambda **kwargs: adapter.pack(
+        kwargs[adapter.tokens], kwargs.get(adapter.context) if adapter.context else None
+    )
+
+
+def interleaved_ms(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times of each call, milliseconds; every round runs each once, in an order that turns."""
+    names = list(calls)
+    for name in names:
+        calls[name]()
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            started = time.perf_counter()
+            calls[name]()
+            samples[name].append(1e3 * (time.perf_counter() - started))
+    return samples
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    model = random_dit(options.width // 64, 64, 2, round(options.tokens**0.5), options.batch)
+    with torch.no_grad():
+        calls = block_calls(model, Router.for_model(model).requires_grad_(False), options.keep)
+        samples = interleaved_ms(calls, options.rounds)
+    # Whatever else a machine does only adds time; it slows neighbours in a round alike, so the share is a round's.
+    shares = [a / b for a, b in zip(samples["selection"], samples["dense"], strict=True)]
+    result = {
+        "share": statistics.median(shares),
+        "dense_ms": statistics.median(samples["dense"]),
+        "selection_ms": statistics.median(samples["selection"]),
+        "pruned_ms": statistics.median(samples["pruned"]),
+        "rounds": options.rounds,
+        "threads": options.threads,
+    }
+    print(f"dense {result['dense_ms']:.2f} ms, pruned {result['pruned_ms']:.2f} ms, selection {result['selection_ms']:.3f} ms")
+    print_result(result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Search quality: this search against Optuna's samplers as they come, at equal work.
+
+Work is counted in forward passes of the dense model over the calibration batch, sensitivities included; a pruned plan
+counts by its predicted latency. Baselines get the same candidates and constraints and judge every plan they propose.
+
+    python -m benchmarks.search --model random-24 --forwards 300 --seeds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+
+from shiva_search.models.catalog import load_model
+from shiva_search.models.families import family_of
+from shiva_search.models.model import Model
+from shiva_search.records.budget import Budget
+from shiva_search.records.cost import CostEstimate
+from shiva_search.records.plan import Plan
+from shiva_search.search.candidates import PlanCost, Space, build_space
+from shiva_search.search.fidelity import FidelityEvaluator
+from shiva_search.search.knapsack import solve
+from shiva_search.search.run_search import enqueue_start, evaluator_for
+from shiva_search.search.sensitivity import measure_effects
+from shiva_search.search.study import PlanStudy, make_sampler
+from shiva_search.search.trade_sampler import distributions, from_params
+
+Curve = list[tuple[float, float]]
+BASELINES = ("tpe", "nsga2", "gp", "random")
+
+
+@dataclass(frozen=True)
+class AnalyticCost:
+    """Costs of a block by its operations: linear layers per token, attention by its square, a start-up per block.
+
+    Stands in for a measured cost model where the question is about the search alone.
+    """
+
+    tokens: int
+    layers: int
+    width: int
+    steps: int = 16
+
+    def layer_cost(self, metric: str, layer: int, k: int) -> float | None:
+        operations = 24 * k * self.width**2 + 4 * k * k * self.width
+        startup = 0.05 * (24 * self.tokens * self.width**2 + 4 * self.tokens**2 * self.width)
+        known = {"latency_ms": (operations + (startup if k else 0.0)) * 1e-7, "gflops": operations * 1e-9}
+        return known.get(metric)
+
+    def fixed(self, metric: str) -> float | None:
+        full = self.layer_cost(metric, 0, self.tokens)
+        return None if full is None else 0.2 * full
+
+    def candidates(self, min_keep: float | None = None) -> tuple[int, ...]:
+        grid = sorted({round(self.tokens * i / self.steps) for i in range(self.steps + 1)})
+        return tuple(k for k in grid if min_keep is None or k >= min_keep * self.tokens)
+
+    def predict(self, plan: Plan) -> CostEstimate:
+        def total(metric: str) -> float:
+            rows = [sum(self.layer_cost(metric, i, k) or 0.0 for i, k in enumerate(row)) for row in plan.tokens_kept]
+            return (self.fixed(metric) or 0.0) + sum(
+                (high - low) * cost for (low, high), cost in zip(plan.segments, rows, strict=True)
+            )
+
+        return CostEstimate(total("latency_ms"), gflops=total("gflops"))
+
+    @property
+    def dense(self) -> CostEstimate:
+        return self.predict(Plan(self.tokens, ((self.tokens,) * self.layers,)))
+
+    def corrected(self, plan: Plan, measured_ratio: float) -> AnalyticCost:
+        return self
+
+
+def random_model(layers: int = 24, side: int = 8, width: int = 32, seed: int = 0) -> Model:
+    """A DiT with random weights whose blocks matter: modulation is drawn at random instead of near zero."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    module = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=width // 2, in_channels=1, out_channels=1, num_layers=layers,
+        sample_size=side, patch_size=1, num_embeds_ada_norm=10, norm_num_groups=1, activation_fn="gelu-approximate",
+    ).eval().requires_grad_(False)  # fmt: skip
+    for block in module.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.linear.weight, std=0.2)
+    torch.nn.init.normal_(module.proj_out_2.weight, std=0.5)
+    family = family_of("DiTTransformer2DModel")
+    assert family is not None
+    return Model(module, f"random-{layers}", family, family.defaults(dict(module.config)), origin="random weights")
+
+
+def open_model(name: str) -> Model:
+    """"random-24" and the like, or whatever load_model knows."""
+    if name.startswith("random-"):
+        return random_model(int(name.removeprefix("random-")))
+    return load_model(name)
+
+
+def ours(space: Space, evaluator: FidelityEvaluator, seed: int, forwards: float, sampler: str = "trade") -> Curve:
+    """Best complete, feasible error over work."""
+    effects = measure_effects(evaluator, space)
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    plans = PlanStudy(study, space, effects, evaluator, {"seed": seed, "sampler": sampler, "trials": 10**6})
+    enqueue_start(plans, solve(space, effects.errors_PC).plan_P, trials=0)
+    plans.run(10**6, forwards=forwards)
+    curve, best = [], np.inf
+    for record in plans.records():
+        if record.complete and space.feasible(record.plan_P[None])[0] and record.error < best:
+            best = record.error
+            curve.append((float(record.attributes["forwards"]), best))
+    return curve
+
+
+def baseline(name: str, space: Space, evaluator: FidelityEvaluator, seed: int, forwards: float, most: int) -> Curve:
+    """A sampler of Optuna on the error alone, with the limits as constraints; every proposal is judged in full."""
+    dense = float(space.total("latency_ms", space.dense[None])[0])
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=make_sampler(name, space, measure_nothing(space), seed))
+    work, best, curve = 1.0, np.inf, []
+    known = distributions(space)
+    for _ in range(most):
+        trial = study.ask(known)
+        plan_P = from_params(space, trial.params)
+        excess = {key: float(value[0]) for key, value in space.excess(plan_P[None]).items()}
+        for key, value in excess.items():
+            trial.set_constraint(key, value)
+        error = evaluator.judge(space.rows(plan_P)).error
+        study.tell(trial, error)
+        work += float(space.total("latency_ms", plan_P[None])[0]) / dense
+        if all(value <= 0 for value in excess.values()) and error < best:
+            best = error
+            curve.append((work, best))
+        if work >= forwards:
+            break
+    return curve
+
+
+def measure_nothing(space: Space) -> Any:
+    """Effects for samplers that do not look at them."""
+    from shiva_search.search.sensitivity import Effects
+
+    return Effects.separable(np.zeros(space.kept.shape))
+
+
+def at(curve: Curve, forwards: float) -> float:
+    """Best error after so much work; infinite before the first feasible plan."""
+    return min((error for work, error in curve if work <= forwards), default=float("inf"))
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", nargs="+", default=["fashion-dit", "random-24"])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.6, 0.4])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--forwards", type=float, default=1000.0)
+    parser.add_argument("--ours-forwards", type=float, default=300.0)
+    parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=["tpe", "nsga2", "nsga3", "gp", "random"])
+    parser.add_argument("--gp-trials", type=int, default=300, help="the Gaussian process takes minutes beyond that")
+    parser.add_argument("--scorer", default="stride")
+    options = parser.parse_args(arguments)
+
+    rows = []
+    for name in options.model:
+        model = open_model(name)
+        width = int(model.config["num_attention_heads"]) * int(model.config["attention_head_dim"])
+        cost: PlanCost = AnalyticCost(model.tokens, model.layer_count, width)
+        for share in options.budgets:
+            space = build_space(model, cost, Budget(shares={"latency_ms": share}))
+            for seed in range(options.seeds):
+                started = time.process_time()
+                evaluator = evaluator_for(model, options.scorer, space, seed, options.samples, options.chunk)
+                curves = {"ours": ours(space, evaluator, seed, options.ours_forwards)}
+                spent = {"ours": time.process_time() - started}
+                for other in options.baselines:
+                    started = time.process_time()
+                    most = options.gp_trials if other == "gp" else 10**6
+                    curves[other] = baseline(other, space, evaluator, seed, options.forwards, most)
+                    spent[other] = time.process_time() - started
+                row = {"model": name, "budget": share, "seed": seed, "cpu_s": {k: round(v, 1) for k, v in spent.items()}}
+                for point in (10, 20, 30, 60, 100, 300, 1000):
+                    row[f"after_{point}"] = {method: at(curve, point) for method, curve in curves.items()}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    result = summarise(rows, options.baselines)
+    print("RESULT " + json.dumps(result))
+    return result
+
+
+def summarise(rows: list[dict[str, Any]], baselines: Sequence[str]) -> dict[str, Any]:
+    """Geometric means over models, budgets and seeds; the best other is chosen for each row by itself."""
+
+    def mean(values: list[float]) -> float | None:
+        finite = [value for value in values if np.isfinite(value)]
+        return float(np.exp(np.mean(np.log(np.maximum(finite, 1e-12))))) if finite else None
+
+    def best(row: dict[str, Any], point: int) -> tuple[float, str]:
+        return min(((row[f"after_{point}"][name], name) for name in baselines), default=(float("inf"), ""))
+
+    wins = [best(row, 1000)[1] for row in rows]
+    return {
+        "ours_100": mean([row["after_100"]["ours"] for row in rows]),
+        "ours_300": mean([row["after_300"]["ours"] for row in rows]),
+        "best_other_300": mean([best(row, 300)[0] for row in rows]),
+        "best_other_1000": mean([best(row, 1000)[0] for row in rows]),
+        "best_other": max(set(wins), key=wins.count) if wins else "",
+        "never_worse_at_100": all(row["after_100"]["ours"] <= best(row, 1000)[0] for row in rows),
+        "rows": len(rows),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the benchmarks of costs share: models to time, held-out plans, and the figures of an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from shiva_search.cost import CostModel
+from shiva_search.devices import Device
+from shiva_search.models.catalog import as_model, load_model
+from shiva_search.models.model import Model
+from shiva_search.profiling.end_to_end import measure_plans, random_rows
+from shiva_search.records.plan import Plan
+from shiva_search.selection.router import Router
+
+MODELS = ("fashion-dit", "wide")
+PROFILE_SECONDS = {"fashion-dit": 60.0, "wide": 180.0}
+MEASURE_SECONDS = {"fashion-dit": 150.0, "wide": 300.0}
+
+
+def model_named(name: str) -> Model:
+    """fashion-dit, or a DiT of 12 blocks, 384 wide, on 1,024 tokens, with random weights."""
+    if name == "wide":
+        return random_dit(heads=6, head_width=64, layers=12, side=32, batch=1)
+    return load_model(name)
+
+
+def random_dit(heads: int, head_width: int, layers: int, side: int, batch: int) -> Model:
+    """A DiT on side x side tokens; latency does not depend on the weights, so they are random."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    module = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        in_channels=1,
+        out_channels=1,
+        num_layers=layers,
+        sample_size=side,
+        patch_size=1,
+        num_embeds_ada_norm=10,
+        norm_num_groups=1,
+        activation_fn="gelu-approximate",
+    )
+    module.eval().requires_grad_(False)
+    return as_model(module, "wide", "random weights", {"batch": batch, "guidance": batch % 2 == 0})
+
+
+def held_out(
+    model: Model, cost: CostModel, device: Device, plans: int, seconds: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Predicted and measured share of the dense latency, and half-widths of the measured intervals, of random plans."""
+    rows = random_rows(model.layer_count, model.tokens, plans, seed)
+    chosen = [Plan.from_rows(model, [row], workload=model.workload.as_dict()) for row in rows]
+    router = Router.for_model(model, seed=0)
+    found = measure_plans(model, chosen, device, scorer_for=lambda plan: router, seconds=seconds, seed=seed)
+    dense_ms = cost.dense.latency_ms or 1.0
+    predicted = np.array([(cost.predict(plan).latency_ms or 0.0) / dense_ms for plan in chosen])
+    measured = np.array([item.ratio for item in found])
+    return predicted, measured, [(item.ratio_high - item.ratio_low) / 2 / item.ratio for item in found]
+
+
+def errors_of(predicted: np.ndarray, measured: np.ndarray, interval: float) -> dict[str, float]:
+    """Relative errors over plans: median, 95th percentile, bias; rank correlation; how often the interval held."""
+    error = predicted / measured - 1
+    return {
+        "median_error": float(np.median(np.abs(error))),
+        "p95_error": float(np.quantile(np.abs(error), 0.95)),
+        "bias": float(np.mean(error)),
+        "spearman": float(spearmanr(predicted, measured).statistic),
+        "coverage": float(np.mean(np.abs(np.log(predicted / measured)) <= np.log1p(interval))),
+    }
+
+
+def worst(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The least favourable of each figure over runs."""
+    return {
+        "median_error": max(run["median_error"] for run in runs),
+        "p95_error": max(run["p95_error"] for run in runs),
+        "bias": max((run["bias"] for run in runs), key=abs),
+        "spearman": min(run["spearman"] for run in runs),
+        "coverage": float(np.mean([run["coverage"] for run in runs])),
+    }
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The last line of every benchmark."""
+    print("RESULT " + json.dumps(result))

@@ -1,0 +1,348 @@
+"""Everything there is to measure of a model, as cells of one sampler. In: a model and a device. Out: a Profile's rows.
+
+Cells: each block signature at a grid of tokens kept, selection included; the selection alone; what lies outside the
+blocks; and random plans from end to end, which tell what blocks measured one by one do not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any
+
+import torch
+
+from shiva_search.devices.base import Device
+from shiva_search.errors import InputError
+from shiva_search.models.model import Layer, Model
+from shiva_search.profiling.conditions import Part, is_meta, parts_of, without_blocks
+from shiva_search.profiling.end_to_end import dense_cell, energy_reason, other_costs, plan_cell, random_rows
+from shiva_search.profiling.flops import ModelFlops
+from shiva_search.profiling.sampler import Cell, Estimate, Group, SampleLog, Sampler
+from shiva_search.profiling.staircase import Point, alignment_of, edges, next_counts, token_grid
+from shiva_search.records.plan import Plan
+from shiva_search.records.profile import Forward, Profile, Row, Sample
+from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.pruned_block import Controller, PrunedBlock
+from shiva_search.runtime.scorers import History, TokenScorer
+
+BLOCKS, FORWARDS = "blocks", "forwards"
+SHARES = {BLOCKS: 0.4, FORWARDS: 0.6}  # of the time
+_PLANS = 28  # random plans from end to end, time permitting
+_SAMPLES_PER_PLAN = 6
+_ENERGY_POINTS = 4  # counts per signature; power varies little between
+_PROBES = 24  # counts added to locate steps, per signature
+_ENOUGH_TO_JUDGE = 8  # samples of every count of a curve, before steps are looked for; no cell is done with fewer
+
+
+@dataclass(frozen=True)
+class BlockCell:
+    """Which block at how many tokens; `selection`: the selection alone, the block left out."""
+
+    signature: str
+    tokens_kept: int
+    selection: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{'selection' if self.selection else 'block'} {self.signature} {self.tokens_kept}"
+
+
+class Bench:
+    """Everything there is to measure of one model, as cells of one sampler.
+
+    Args:
+        model: real, or on the meta device.
+        device: where it runs.
+        scorer: what selects tokens inside pruned cells.
+        seed: of inputs, plans and order.
+        counts: tokens kept to measure; None: a grid that fits the device, with more where the cost jumps.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: Device,
+        scorer: TokenScorer,
+        seed: int,
+        counts: Sequence[int] | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model, self.device, self.scorer, self.seed, self.clock = model, device, scorer, seed, clock
+        self.tokens = model.tokens
+        self.alignment = alignment_of(device.torch_device.type, self.tokens)
+        self.explores = counts is None
+        self.counts = token_grid(self.tokens, self.alignment) if counts is None else checked_counts(counts, self.tokens)
+        self.parts = {part.signature: part for part in parts_of(model, device.torch_device, seed)}
+        self.has_energy = False
+        self.blocks: dict[str, BlockCell] = {}
+        self.rows: list[tuple[int, ...]] = []
+        self.others: dict[str, dict[str, float | None]] = {}
+        self.sampler: Sampler
+        # Before any plan is put on: cells added during the run must not capture the hooks of another.
+        self._plain = {layer.name: layer.module.forward for part in self.parts.values() for layer in part.layers}
+        self._t_B = model.times(model.example(seed)).to("meta" if is_meta(model) else device.torch_device)
+        if self._t_B.is_meta:
+            self._t_B = torch.full(self._t_B.shape, 0.5, device=device.torch_device)
+
+    def choose_rows(self, count: int | None, seconds: float) -> list[tuple[int, ...]]:
+        """Random plans, as many as `seconds` allow; none where the model is not whole in memory."""
+        if is_meta(self.model):
+            return []
+        dense = dense_cell(self.model, self.seed)
+        dense.run()
+        pair_s = 1.6e-3 * self.device.time_ms(dense.run)
+        if count is None:
+            count = max(6, min(_PLANS, int(seconds * SHARES[FORWARDS] / pair_s / _SAMPLES_PER_PLAN)))
+        # Half of the plans keep counts of the grid, which they teach most about; half keep any, so that the error on
+        # held-out plans has in it what straight lines between counts miss.
+        layers = self.model.layer_count
+        rows = random_rows(layers, self.tokens, (count + 1) // 2, self.seed, self.counts)
+        return rows + random_rows(layers, self.tokens, count // 2, self.seed + 1)
+
+    def prepare(self, rows: Sequence[tuple[int, ...]], log: SampleLog | None) -> None:
+        """Build the cells.
+
+        Args:
+            rows: plans to measure from end to end.
+            log: where samples go, and come from after an interruption.
+        """
+        self.rows = list(rows)
+        first = next(iter(self.parts.values()))
+        reference = Cell("reference block", self._runner(first, self.tokens), "")
+        groups = [Group(BLOCKS, reference, SHARES[BLOCKS])]
+        cells = [cell for part in self.parts.values() for k in self.counts for cell in self._cells(part, k)]
+        cells.append(self._rest_cell())
+        self.has_energy = energy_reason(self.device) is None
+        if not is_meta(self.model):
+            groups.append(Group(FORWARDS, dense_cell(self.model, self.seed), SHARES[FORWARDS]))
+            workload = self.model.workload.as_dict()
+            for row in self.rows:
+                plan = Plan.from_rows(self.model, [row], workload=workload)
+                cells.append(plan_cell(self.model, plan, self.scorer, _plan_name(row), self.seed))
+        self.sampler = Sampler(self.device, groups, cells, seed=self.seed, log=log, clock=self.clock)
+
+    def open_count(self) -> int:
+        """Cells not known well enough yet."""
+        return sum(len(self.sampler.open_cells(group)) for group in self.sampler.groups)
+
+    def look_for_steps(self) -> None:
+        """Add cells where a curve rises by more than its surroundings explain."""
+        if not self.explores:
+            return
+        for part in self.parts.values():
+            estimates = {key: self.sampler.estimate(key) for key in self._keys(part.signature)}
+            if any(found is None or found.samples < _ENOUGH_TO_JUDGE for found in estimates.values()):
+                continue
+            points = self._points(part.signature, estimates)
+            wanted = next_counts(points, self.tokens, self.alignment)
+            room = _PROBES + len(self.counts) - len(points)
+            for k in wanted[: max(0, room)]:
+                self.sampler.add(self._cells(part, k, selection=False))
+
+    def other_costs(self, seconds: float) -> None:
+        """Peak memory of every cell; energy of a few per signature where there is a sensor."""
+        cells = [self.sampler.cells[key] for key, cell in self.blocks.items() if not cell.selection]
+        wanted = {key for part in self.parts.values() for key in self._energy_keys(part.signature)} | {"rest"}
+        share_s = seconds / (len(wanted) + 1)
+        for cell in [*cells, self.sampler.cells["rest"]]:
+            if cell.name in wanted and self.has_energy:
+                self.others[cell.name] = other_costs(self.device, cell, share_s)
+            else:
+                self.others[cell.name] = {"peak_memory_mib": self.device.peak_memory_mib(cell.run)}
+        if FORWARDS in self.sampler.groups:
+            self.others["dense"] = other_costs(self.device, self.sampler.groups[FORWARDS].reference, share_s)
+
+    def assemble(self, header: Profile, flops: ModelFlops, estimates: Mapping[str, Estimate]) -> Profile:
+        """A profile of what is known by now."""
+        level_ms = self.sampler.reference_ms(BLOCKS)
+        if level_ms is None:
+            return header
+        rows = []
+        for key, cell in self.blocks.items():
+            known = estimates.get(key)
+            if cell.selection or known is None:
+                continue
+            selection = estimates.get(replace(cell, selection=True).name)
+            if cell.tokens_kept in (0, self.tokens):
+                selection_ms: float | None = 0.0
+            else:
+                selection_ms = None if selection is None else selection.ratio * level_ms
+            others = self.others.get(key, {})
+            rows.append(
+                Row(
+                    cell.signature,
+                    self.tokens,
+                    cell.tokens_kept,
+                    latency_ms=known.ratio * level_ms,
+                    latency_ms_low=known.low * level_ms,
+                    latency_ms_high=known.high * level_ms,
+                    ratio=known.ratio,
+                    ratio_low=known.low,
+                    ratio_high=known.high,
+                    samples=known.samples,
+                    selection_ms=selection_ms,
+                    energy_j=others.get("energy_j"),
+                    power_w=others.get("power_w"),
+                    peak_memory_mib=others.get("peak_memory_mib"),
+                    gflops=flops.blocks[cell.signature](cell.tokens_kept),
+                    flags=known.flags,
+                )
+            )
+        rest = estimates.get("rest")
+        rest_costs: dict[str, float | None] = {"gflops": flops.rest, **self.others.get("rest", {})}
+        if rest is not None:
+            rest_costs |= {
+                "latency_ms": rest.ratio * level_ms,
+                "latency_ms_low": rest.low * level_ms,
+                "latency_ms_high": rest.high * level_ms,
+            }
+        order = list(self.parts)
+        return replace(
+            header,
+            rows=tuple(sorted(rows, key=lambda row: (order.index(row.signature), row.tokens_kept))),
+            forwards=self._forwards(estimates),
+            rest=rest_costs,
+            dense={"gflops": flops.dense, **self._dense_latency(), **self.others.get("dense", {})},
+            missing=self._missing(),
+            provenance={**header.provenance, "edges": self._edges(estimates)},
+            samples=self._raw_samples(),
+        )
+
+    def _keys(self, signature: str) -> list[str]:
+        return [key for key, cell in self.blocks.items() if cell.signature == signature and not cell.selection]
+
+    def _points(self, signature: str, estimates: Mapping[str, Estimate | None]) -> dict[int, Point]:
+        points = {}
+        for key in self._keys(signature):
+            known = estimates.get(key)
+            if known is not None:
+                # A 95 % interval is about two standard errors to either side.
+                points[self.blocks[key].tokens_kept] = Point(known.ratio, known.half_width * known.ratio / 2)
+        return points
+
+    def _edges(self, estimates: Mapping[str, Estimate]) -> dict[str, list[int]]:
+        return {
+            signature: list(edges(self._points(signature, estimates), self.tokens, self.alignment))
+            for signature in self.parts
+        }
+
+    def _cells(self, part: Part, k: int, selection: bool = True) -> list[Cell]:
+        block = BlockCell(part.signature, k)
+        self.blocks[block.name] = block
+        cells = [Cell(block.name, self._runner(part, k), BLOCKS)]
+        if selection and 0 < k < self.tokens:
+            alone = replace(block, selection=True)
+            self.blocks[alone.name] = alone
+            cells.append(Cell(alone.name, self._runner(part, k, alone=True), BLOCKS, target=0.1))
+        return cells
+
+    def _runner(self, part: Part, k: int, alone: bool = False) -> Callable[[], object]:
+        """Runs the blocks of a part in turn through the runtime's own path; `alone` leaves the block itself out."""
+        controller = Controller(
+            rows=[[k] * self.model.layer_count],
+            tokens=self.tokens,
+            scorer=self.scorer,
+            guidance=self.model.workload.guidance,
+            t_B=self._t_B,
+        )
+        if getattr(self.scorer, "uses_history", False):
+            x_BND = part.kwargs[part.layers[0].adapter.tokens]
+            seen_BN = torch.ones(x_BND.shape[:2], device=x_BND.device)
+            controller.history = History(seen_BN, seen_BN)
+        turns = cycle(
+            [
+                PrunedBlock(layer, _identity(layer) if alone else self._plain[layer.name], controller)
+                for layer in part.layers
+            ]
+        )
+        return lambda: next(turns)(**part.kwargs)
+
+    def _rest_cell(self) -> Cell:
+        """A forward in which every block is skipped."""
+        model = without_blocks(self.model, self.device.torch_device, self.seed)
+        inputs = model.example(self.seed)
+        plan = Plan.dense(model, workload=model.workload.as_dict())
+
+        def prepare() -> None:
+            applied = AppliedPlan(model, plan, self.scorer)
+            applied.controller.rows = [[0] * model.layer_count]
+
+        # Skipped blocks never touch their weights, so those may exist as shapes only.
+        return Cell("rest", lambda: model.module(**inputs), BLOCKS, prepare=prepare, target=0.03)
+
+    def _energy_keys(self, signature: str) -> list[str]:
+        keys = [key for key in self._keys(signature) if self.blocks[key].tokens_kept >= self.tokens // 10]
+        last = len(keys) - 1
+        return [keys[round(i * last / (_ENERGY_POINTS - 1))] for i in range(_ENERGY_POINTS)] if keys else []
+
+    def _forwards(self, estimates: Mapping[str, Estimate]) -> tuple[Forward, ...]:
+        level_ms = self.sampler.reference_ms(FORWARDS) if FORWARDS in self.sampler.groups else None
+        found = []
+        for row in self.rows:
+            known = estimates.get(_plan_name(row))
+            if known is not None and level_ms is not None:
+                found.append(
+                    Forward(
+                        row,
+                        known.ratio * level_ms,
+                        known.ratio,
+                        known.low,
+                        known.high,
+                        known.samples,
+                        flags=known.flags,
+                    )
+                )
+        return tuple(found)
+
+    def _dense_latency(self) -> dict[str, float | None]:
+        if FORWARDS not in self.sampler.groups:
+            return {}
+        level_ms, interval = self.sampler.reference_ms(FORWARDS), self.sampler.reference_interval_ms(FORWARDS)
+        if level_ms is None or interval is None:
+            return {}
+        return {"latency_ms": level_ms, "latency_ms_low": interval[0], "latency_ms_high": interval[1]}
+
+    def _raw_samples(self) -> tuple[Sample, ...]:
+        found = [sample for samples in self.sampler.samples.values() for sample in samples]
+        return tuple(sorted(found, key=lambda sample: (sample.round, sample.started_s)))
+
+    def _missing(self) -> dict[str, str]:
+        missing = {}
+        reason = energy_reason(self.device)
+        for name in ("energy_j", "power_w"):
+            missing[name] = (
+                reason or f"measured at {_ENERGY_POINTS} counts per signature; power is interpolated between"
+            )
+        if not any(costs.get("peak_memory_mib") is not None for costs in self.others.values()):
+            missing["peak_memory_mib"] = f"{self.device.name} does not report an allocator's peak"
+        if is_meta(self.model):
+            missing["forwards"] = "the model was profiled one block at a time and never whole in memory"
+        missing["selection_ms"] = "counts added later to locate a step are measured with the block only"
+        return missing
+
+
+def _plan_name(row: Sequence[int]) -> str:
+    return "plan " + " ".join(map(str, row))
+
+
+def _identity(layer: Layer) -> Callable[..., Any]:
+    adapter = layer.adapter
+    return lambda **kwargs: adapter.pack(
+        kwargs[adapter.tokens], kwargs.get(adapter.context) if adapter.context else None
+    )
+
+
+def checked_counts(counts: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """Counts a user chose, with 0 and N.
+
+    Raises:
+        InputError: a count outside [0, N].
+    """
+    wrong = [k for k in counts if not 0 <= k <= tokens]
+    if wrong:
+        raise InputError(f"counts of tokens lie in [0, {tokens}], got {wrong[0]}; leave them out to use a grid")
+    return tuple(sorted({0, *counts, tokens}))

@@ -1,0 +1,269 @@
+"""Profiles of a real model on a device whose true costs are known."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from virtual_device import VirtualDevice, small_dit
+
+from shiva_search.cost import fit_cost_model
+from shiva_search.devices import open_device
+from shiva_search.errors import InputError, UnavailableError
+from shiva_search.models.model import Model
+from shiva_search.profiling.bench import Bench
+from shiva_search.profiling.block_profiler import profile_model
+from shiva_search.profiling.drift import check_drift
+from shiva_search.profiling.end_to_end import dense_cell, measure_plans, plan_cell, random_rows
+from shiva_search.records.plan import Plan
+from shiva_search.records.profile import Profile, load_profile
+from shiva_search.runtime.apply import remove_plan
+from shiva_search.runtime.scorers import Norm
+
+
+def drifting(now_s: float) -> float:
+    """Up to 30 % slower and back within 20 seconds, with a lasting step at 15."""
+    return (1.15 + 0.15 * math.sin(now_s / 20 * 2 * math.pi)) * (1.2 if now_s > 15 else 1.0)
+
+
+def machine(seed: int = 0, **options: object) -> VirtualDevice:
+    return VirtualDevice(seed, **{"speed": drifting, "noise": 0.04, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def profiled(tiny_model: Model) -> tuple[VirtualDevice, Profile]:
+    device = machine()
+    return device, profile_model(tiny_model, device, seconds=40, clock=device.clock)
+
+
+def true_shares(model: Model, device: VirtualDevice, rows: list[tuple[int, ...]]) -> np.ndarray:
+    shares = []
+    for row in rows:
+        cell = plan_cell(model, Plan.from_rows(model, [row], workload=model.workload.as_dict()), "stride", "held out")
+        assert cell.prepare is not None
+        cell.prepare()
+        shares.append(device.true_ms(cell.run))
+        remove_plan(model.module)
+    return np.array(shares) / device.true_ms(dense_cell(model).run)
+
+
+def test_held_out_plans_are_predicted_within_the_bound(
+    tiny_model: Model, profiled: tuple[VirtualDevice, Profile]
+) -> None:
+    device, profile = profiled
+    cost = fit_cost_model(profile)
+    rows = random_rows(tiny_model.layer_count, tiny_model.tokens, 40, seed=99)
+    true = true_shares(tiny_model, device, rows)
+    predicted = np.array([cost.predict(Plan.from_rows(tiny_model, [row])).latency_ms for row in rows])
+    errors = predicted / cost.dense.latency_ms / true - 1
+    assert np.median(np.abs(errors)) < 0.01
+    assert np.quantile(np.abs(errors), 0.95) < 0.03
+    assert abs(errors.mean()) < 0.01
+
+
+def test_selection_is_inside_every_pruned_cell(profiled: tuple[VirtualDevice, Profile]) -> None:
+    _, profile = profiled
+    for row in profile.rows:
+        if row.tokens_kept in (0, profile.tokens):
+            assert row.selection_ms == 0.0
+        elif row.selection_ms is not None:
+            assert 0.2 * row.selection_ms < row.latency_ms
+    nearly_all, dense = profile.rows[-2:]
+    assert nearly_all.latency_ms > dense.latency_ms  # the dense block selects nothing
+
+
+def test_a_dearer_scorer_makes_dearer_rows(tiny_model: Model) -> None:
+    class Dear(Norm):
+        def __call__(self, x_BND, t_B, condition_BC, layer):  # type: ignore[no-untyped-def]
+            for _ in range(20):
+                x_BND = x_BND + 1
+            return super().__call__(x_BND, t_B, condition_BC, layer)
+
+    def half(scorer: Norm) -> float:
+        device = VirtualDevice()
+        profile = profile_model(tiny_model, device, scorer=scorer, seconds=4, counts=[128], plans=1, clock=device.clock)
+        return next(row.ratio for row in profile.rows if row.tokens_kept == 128)
+
+    assert half(Dear()) > half(Norm()) + 0.05
+
+
+def test_blocks_of_a_signature_take_turns(tiny_model: Model) -> None:
+    bench = Bench(tiny_model, VirtualDevice(), Norm(), 0, [128])
+    bench.prepare([], None)
+    used: list[int] = []
+    handles = [
+        layer.module.register_forward_pre_hook(lambda *_, index=layer.index: used.append(index))
+        for layer in tiny_model.layers
+    ]
+    forwards = [
+        layer.module.ff.register_forward_pre_hook(lambda *_, i=layer.index: used.append(i))
+        for layer in tiny_model.layers
+    ]
+    with torch.no_grad():
+        for _ in range(7):
+            bench.sampler.groups["blocks"].reference.run()
+    for handle in [*handles, *forwards]:
+        handle.remove()
+    assert used == [0, 1, 2, 3, 4, 5, 0]
+
+
+def test_steps_are_found_and_not_smoothed(tiny_model: Model) -> None:
+    device = machine(tile=64, noise=0.02)
+    profile = profile_model(tiny_model, device, seconds=120, clock=device.clock)
+    cost = fit_cost_model(profile)
+    found = set(profile.provenance["edges"][profile.layers[0]])
+    assert {64, 128, 192} <= found
+    assert {64, 128, 192} <= set(cost.candidates())
+    for edge in (64, 128, 192):
+        here, behind = (cost.layer_cost("latency_ms", 1, k) for k in (edge, edge + 1))
+        before = cost.layer_cost("latency_ms", 1, edge - 1)
+        assert here is not None and behind is not None and before is not None
+        assert behind - here > 5 * abs(here - before)
+
+
+def test_missing_energy_is_empty_with_a_reason_and_given_energy_adds_up(
+    tiny_model: Model, profiled: tuple[VirtualDevice, Profile]
+) -> None:
+    _, without = profiled
+    assert all(row.energy_j is None and row.power_w is None for row in without.rows)
+    assert "no sensor" in without.missing["energy_j"]
+    assert fit_cost_model(without).dense.energy_j is None
+    device = VirtualDevice(power_w=100.0)
+    cost = fit_cost_model(profile_model(tiny_model, device, seconds=10, plans=6, clock=device.clock))
+    half = cost.predict(Plan.uniform(tiny_model, 0.5))
+    assert cost.dense.energy_j == pytest.approx(0.1 * device.true_ms(dense_cell(tiny_model).run), rel=0.01)
+    assert half.power_w == pytest.approx(100.0, rel=0.05)
+
+
+def test_a_complete_profile_is_returned_and_a_foreign_one_refused(tiny_model: Model, tmp_path: Path) -> None:
+    device = VirtualDevice()
+    first = profile_model(tiny_model, device, seconds=2, plans=2, counts=[128], folder=tmp_path, clock=device.clock)
+    runs = device.runs
+    again = profile_model(tiny_model, device, seconds=2, folder=tmp_path, clock=device.clock)
+    assert device.runs == runs
+    assert again.rows == first.rows
+    assert again == load_profile(tmp_path)
+    other = small_dit(layers=2)
+    with pytest.raises(InputError, match="config_hash"):
+        profile_model(other, device, seconds=2, folder=tmp_path, clock=device.clock)
+    anew = profile_model(
+        tiny_model, device, seconds=2, plans=2, counts=[64], folder=tmp_path, resume=False, clock=device.clock
+    )
+    assert device.runs > runs
+    assert [row.tokens_kept for row in anew.rows] == [0, 64, 256]
+
+
+def test_an_interrupted_profile_goes_on_where_it_stopped(tiny_model: Model, tmp_path: Path) -> None:
+    class Stops(VirtualDevice):
+        def time_ms(self, run, repeats=1):  # type: ignore[no-untyped-def]
+            if self.now_s > 3.0:
+                raise KeyboardInterrupt
+            return super().time_ms(run, repeats)
+
+    device = Stops(noise=0.2)
+    options = {"seconds": 8.0, "plans": 4, "counts": [64, 128], "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        profile_model(tiny_model, device, clock=device.clock, **options)  # type: ignore[arg-type]
+    assert all("forward" not in layer.module.__dict__ for layer in tiny_model.layers)
+    cut = load_profile(tmp_path)
+    assert not cut.complete
+    assert cut.rows and cut.samples
+    second = VirtualDevice(1, noise=0.2)
+    whole = profile_model(tiny_model, second, clock=second.clock, **options)  # type: ignore[arg-type]
+    assert whole.complete
+    assert whole.samples[: len(cut.samples)] == cut.samples
+    assert second.now_s < 7.0
+    assert [item.tokens_kept for item in whole.forwards] == [tuple(row) for row in cut.provenance["plans"]]
+
+
+KILLED = """
+import sys
+sys.path[:0] = [{root!r}, {here!r}]
+from shiva_search.devices import open_device
+from shiva_search.profiling.block_profiler import profile_model
+from virtual_device import small_dit
+import torch
+torch.set_num_threads(1)
+profile_model(small_dit(layers=2, side=8), open_device("cpu"), seconds=1000, counts=[32], plans=2, folder={folder!r})
+"""
+
+
+def test_kill_leaves_a_profile_that_loads(tmp_path: Path) -> None:
+    here = Path(__file__).resolve().parent
+    program = KILLED.format(root=str(here.parents[1]), here=str(here), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", program])
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (tmp_path / "profile.json").exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(1.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    cut = load_profile(tmp_path)
+    assert not cut.complete
+    torch.set_num_threads(1)
+    model, device = small_dit(layers=2, side=8), open_device("cpu")
+    whole = profile_model(model, device, seconds=1.0, counts=[32], plans=2, folder=tmp_path)
+    assert whole.complete
+    assert len(whole.samples) >= len(cut.samples)
+    assert load_profile(tmp_path) == whole
+
+
+def test_a_model_of_shapes_is_profiled_one_block_at_a_time() -> None:
+    model = small_dit(device="meta")
+    device = VirtualDevice()
+    profile = profile_model(model, device, seconds=5, clock=device.clock)
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    assert profile.forwards == ()
+    assert "never whole" in profile.missing["forwards"]
+    cost = fit_cost_model(profile)
+    real = small_dit()
+    true_ms = device.true_ms(dense_cell(real).run)
+    assert cost.dense.latency_ms == pytest.approx(true_ms, rel=0.03)
+    assert cost.interval > 0.1 and "reason" in cost.held_out
+    with pytest.raises(InputError, match="only as shapes"):
+        measure_plans(model, [Plan.dense(model)], device)
+
+
+def test_a_recording_answers_in_place_of_a_device(
+    tiny_model: Model, profiled: tuple[VirtualDevice, Profile], tmp_path: Path
+) -> None:
+    _, profile = profiled
+    profile.save(tmp_path)
+    cost = fit_cost_model(profile)
+    cost.save(tmp_path)
+    device = open_device(f"replay:{tmp_path}")
+    assert profile_model(tiny_model, device) == profile
+    plan = Plan.uniform(tiny_model, 0.5)
+    [measured] = measure_plans(tiny_model, [plan], device)
+    assert measured.replayed
+    assert measured.latency_ms == cost.predict(plan).latency_ms
+    with pytest.raises(UnavailableError, match="recording"):
+        device.time_ms(lambda: None)
+    with pytest.raises(InputError, match="config_hash"):
+        profile_model(small_dit(layers=2), device)
+
+
+def test_drift_is_told_from_change(tiny_model: Model, profiled: tuple[VirtualDevice, Profile]) -> None:
+    _, profile = profiled
+    level = profile.dense["latency_ms"]
+    assert level is not None
+    nominal = level / VirtualDevice().true_ms(dense_cell(tiny_model).run)
+    same = VirtualDevice(3, lambda now_s: nominal, noise=0.02)
+    assert check_drift(tiny_model, profile, same, clock=same.clock).verdict == "same"
+    slow = VirtualDevice(3, lambda now_s: 1.5 * nominal, noise=0.02)
+    drift = check_drift(tiny_model, profile, slow, clock=slow.clock)
+    assert drift.verdict == "rescale"
+    assert drift.scale == pytest.approx(1.5, rel=0.05)
+    assert fit_cost_model(drift.profile).dense.latency_ms == pytest.approx(1.5 * level, rel=0.05)
+    other = VirtualDevice(3, lambda now_s: nominal, noise=0.02, tile=128)
+    drift = check_drift(tiny_model, profile, other, clock=other.clock)
+    assert drift.verdict == "profile again"
+    assert "profile" in drift.describe()

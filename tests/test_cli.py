@@ -1,0 +1,111 @@
+"""The command line: one line per error, the contract's exit codes, nothing half-written."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shiva_search.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return int(left.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["optimize", "--model", "nonsense", "--max-latency", "50ms"], 4, "unknown model 'nonsense'"),
+        (["optimize", "--device", "tpu", "--max-latency", "50ms"], 2, "tpu"),
+        (["optimize", "--device", "cuda", "--max-latency", "50ms"], 4, "no CUDA device"),
+        (["optimize", "--max-latency", "50"], 2, "needs a unit"),
+        (["optimize", "--max-latency", "0ms"], 2, "above zero"),
+        (["optimize", "--max-latency", "-5ms"], 2, "above zero"),
+        (["optimize", "--max-energy", "3 bananas"], 2, "not a unit of energy"),
+        (["optimize", "--mean-keep", "1.5"], 2, "share"),
+        (["optimize"], 2, "needs a budget"),
+        (["optimize", "--batch", "3", "--max-latency", "50ms"], 2, "even"),
+        (["optimize", "--trials", "many", "--max-latency", "50ms"], 2, "--trials"),
+        (["measure", "no/such/run"], 2, "no/such/run"),
+        (["report", "no/such/run"], 2, "no/such/run"),
+        (["frobnicate"], 2, "frobnicate"),
+        (["train"], 2, "RUN"),
+    ],
+)
+def test_bad_input_is_one_line_and_the_right_code(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    left, out, err = run(capsys, *arguments)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert left == code, err
+    assert out == ""
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert "Traceback" not in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run"])
+def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    started = time.monotonic()
+    code, _, err = run(capsys, "optimize", "--max-latency", "60%", "--out", folder)
+    assert code == 2
+    assert "cannot write" in err
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("plan", ["{", "{}", '{"tokens": 784, "tokens_kept": [[784, "x"]]}'])
+def test_an_unreadable_plan_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, plan: str) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"schema_version": 1, "settings": {"budget": {"latency_ms": "60%"}}}))
+    (tmp_path / "plan.json").write_text(plan)
+    code, _, err = run(capsys, "measure", str(tmp_path))
+    assert code == 2
+    assert "plan" in err
+    assert "Traceback" not in err
+
+
+def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "devices", "--json")
+    assert code == 0
+    assert {entry["device"] for entry in json.loads(out)["devices"]} >= {"cpu"}
+    code, out, _ = run(capsys, "models", "--json")
+    assert "fashion-dit" in [row["name"] for row in json.loads(out)["models"]]
+
+
+def test_devices_say_why_a_sensor_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "devices", "--json")
+    for device in json.loads(out)["devices"]:
+        for sensor in device["sensors"]:
+            assert sensor["how"]
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("profile", "optimize", "train", "measure", "compare", "report", "generate", "worker", "devices", "models"):
+        code, out, _ = run(capsys, command, "--help")
+        assert code == 0
+        assert f"Example: shiva-search {command}" in " ".join(out.split())
+
+
+def test_help_does_not_load_torch() -> None:
+    program = (
+        "import sys\nfrom shiva_search.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'diffusers', 'optuna', 'matplotlib', 'pandas', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
