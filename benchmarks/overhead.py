@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from benchmarks.timing import print_result, random_dit
 from shiva_search.models.model import Layer, Model
@@ -29,7 +30,7 @@ _LAYER = 1  # the first keeps all tokens
 def block_calls(model: Model, scorer: TokenScorer, keep: float) -> dict[str, Callable[[], Any]]:
     """One block dense, pruned, and with all but the block itself, on the arguments of a dense forward."""
     layer = model.layers[_LAYER]
-    kwargs = record_inputs(model, model.example())[layer.signature]
+    kwargs = tree_map(_contiguous, record_inputs(model, model.example())[layer.signature])
     k = int(keep * model.tokens)
     t_B = model.times(model.example())
 
@@ -56,6 +57,11 @@ def block_calls(model: Model, scorer: TokenScorer, keep: float) -> dict[str, Cal
         "pruned": around(layer.module.forward),
         "selection": around(_hand_back(layer)),
     }
+
+
+def _contiguous(value: Any) -> Any:
+    # Arguments are recorded at the first block, whose tokens are a view of an image; further down they are rows.
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def _hand_back(layer: Layer) -> Callable[..., Any]:

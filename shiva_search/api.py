@@ -211,7 +211,14 @@ def fidelity(
     return evaluate(model, plan, _scorer_of(plan, selector), split=split, samples=samples, seed=seed)
 
 
-def optimize(model: str = "fashion-dit", out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+def optimize(
+    model: str = "fashion-dit",
+    out: str | Path | None = None,
+    *,
+    resume: bool = True,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """The whole job, as `shiva-search optimize` does it; the run's summary.
 
     Args:
@@ -219,7 +226,12 @@ def optimize(model: str = "fashion-dit", out: str | Path | None = None, **settin
     """
     from shiva_search.workflow import Settings, optimize_command
 
-    return optimize_command(Settings(model=model, **settings), out=None if out is None else Path(out)).summary
+    return optimize_command(
+        Settings(model=model, **settings),
+        out=None if out is None else Path(out),
+        resume=resume,
+        progress=progress or (lambda _: None),
+    ).summary
 
 
 def _as_model(target: Any, plan: Plan) -> Model:

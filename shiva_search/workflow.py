@@ -370,7 +370,7 @@ def _answer(run: RunFolder) -> Answer:
     def text() -> str:
         console = Console(file=io.StringIO(), width=110)
         console.print(tables.closing_table(summary, plan, written or files))  # type: ignore[arg-type]
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     return Answer(summary, text, broken)
 
@@ -539,7 +539,7 @@ def generate_command(
 
 def devices_command() -> Answer:
     """`shiva-search devices`: what each device and sensor can do, and why not."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name in list_devices():
         try:
             device = open_device(name)

@@ -61,7 +61,9 @@ def load_model(
     else:
         model = as_model(_read_transformer(name), name, str(Path(name)) if Path(name).is_dir() else name, workload)
     place = None if next(model.module.parameters()).is_meta else device
-    model.module.to(device=place, dtype=getattr(torch, model.workload.dtype)).eval().requires_grad_(False)
+    # Straight from torch: diffusers' own `to` warns of modules to keep in float32 even where there are none.
+    nn.Module.to(model.module, device=place, dtype=getattr(torch, model.workload.dtype))
+    model.module.eval().requires_grad_(False)
     return model
 
 

@@ -62,12 +62,12 @@ class _Positional(nn.Module):
         self._values = list(values)
         self._structure = structure
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = iter(tensors)
         values = [next(given) if isinstance(value, torch.Tensor) else value for value in self._values]
         output = self.module(**tree_unflatten(values, self._structure))
-        first: torch.Tensor = next(item for item in tree_flatten(output)[0] if isinstance(item, torch.Tensor))
-        return first
+        # All of them: a trace drops what no output needs.
+        return tuple(item for item in tree_flatten(output)[0] if isinstance(item, torch.Tensor))
 
 
 class BlockFlops:

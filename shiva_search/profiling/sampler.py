@@ -32,6 +32,7 @@ _RESAMPLES = 400
 _DISTURBED_SIGMAS = 3.5
 _DISTURBED_FLOOR = 0.02  # references closer than this never count as disturbed
 _MIN_CLEAN = 4
+_LONG = 20  # a cell this many times longer than a sample must be is not repeated, so there is nothing to find out
 
 
 class Timer(Protocol):
@@ -479,8 +480,9 @@ class Sampler:
             return False
         if cell.prepare is not None:
             cell.prepare()
-        self.device.time_ms(cell.run)
-        once_ms = min(self.device.time_ms(cell.run) for _ in range(2))
+        once_ms = self.device.time_ms(cell.run)
+        if once_ms < _LONG * self._min_sample_ms:
+            once_ms = min(self.device.time_ms(cell.run) for _ in range(2))
         self._repeats[cell.name] = max(1, min(1000, math.ceil(self._min_sample_ms / max(once_ms, 1e-6))))
         return True
 

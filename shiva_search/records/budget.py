@@ -121,7 +121,7 @@ class Budget:
             raise InputError(f"a budget is per step or per image, got {per!r}")
         if steps < 1:
             raise InputError(f"--steps must be at least 1, got {steps}")
-        absolute: dict[str, float] = {}
+        absolute: dict[str, Any] = {}
         shares: dict[str, float] = {}
         for metric, text in texts.items():
             value, is_share = parse_limit(metric, text)
@@ -145,7 +145,7 @@ class Budget:
         Raises:
             UnavailableError: a limit is on a quantity this device could not measure.
         """
-        numbers = self.limits()
+        numbers: dict[str, Any] = self.limits()
         for metric in {**numbers, **self.shares}:
             if metric != "mean_keep" and dense.of(metric) is None:
                 raise UnavailableError(

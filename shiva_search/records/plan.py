@@ -18,7 +18,8 @@ ATTEND_MODES = ("kept", "all")
 class Planned(Protocol):
     """What a plan needs to know of a model (models.Model is one)."""
 
-    tokens: int
+    @property
+    def tokens(self) -> int: ...
 
     @property
     def layer_count(self) -> int: ...

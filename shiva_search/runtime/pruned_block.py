@@ -99,8 +99,10 @@ class Controller:
         if not getattr(self.scorer, "uses_history", False):
             return
         with torch.no_grad():
-            age_BN = (self.history or _no_history(x_BND)).age_BN + 1
-            update_size_BN = (out_BND - x_BND).float().norm(dim=-1)
+            before = self.history or _no_history(x_BND)
+            age_BN, update_size_BN = before.age_BN + 1, before.update_size_BN
+            if getattr(self.scorer, "uses_update_size", True):
+                update_size_BN = (out_BND - x_BND).float().norm(dim=-1)
             age_BN = torch.zeros_like(age_BN) if kept_BK is None else age_BN.scatter(1, kept_BK, 0.0)
             self.history = History(age_BN, update_size_BN)
 

@@ -1,7 +1,8 @@
 """Which tokens matter: the scorers that need no training. In: tokens and conditions. Out: scores [B, N], high is kept.
 
 A scorer maps (x_BND, t_B, condition_BC, layer) to scores_BN. One that sets `uses_history = True` is also given
-`history`, what happened to each token in the layers before.
+`history`, what happened to each token in the layers before; if it says `uses_update_size = False`, the sizes of updates
+are left out of it, which saves a pass over all tokens in every layer.
 """
 
 from __future__ import annotations

@@ -16,12 +16,22 @@ def top_k(scores_BN: torch.Tensor, k: int) -> torch.Tensor:
 
 def gather_tokens(x_BND: torch.Tensor, kept_BK: torch.Tensor) -> torch.Tensor:
     """Rows of the kept tokens: [B, N, D] -> [B, K, D] (eq. 4). A new tensor; gradients flow back to x."""
-    return x_BND.gather(1, kept_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+    width = x_BND.shape[-1]
+    # Whole rows of one long table: several times faster than torch.gather, which takes an index per element.
+    return x_BND.reshape(-1, width).index_select(0, _rows(kept_BK, x_BND.shape[1])).view(*kept_BK.shape, width)
 
 
 def scatter_tokens(x_BND: torch.Tensor, kept_BK: torch.Tensor, updated_BKD: torch.Tensor) -> torch.Tensor:
     """x with the kept rows replaced (eq. 4). x itself is left alone."""
-    return x_BND.scatter(1, kept_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]), updated_BKD)
+    width = x_BND.shape[-1]
+    table = x_BND.reshape(-1, width).index_copy(0, _rows(kept_BK, x_BND.shape[1]), updated_BKD.reshape(-1, width))
+    return table.view(x_BND.shape)
+
+
+def _rows(kept_BK: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Indices into all samples' tokens one after the other, [B * K]."""
+    first_B = torch.arange(0, len(kept_BK) * tokens, tokens, device=kept_BK.device)
+    return (kept_BK + first_B[:, None]).view(-1)
 
 
 def share_over_guidance(scores_BN: torch.Tensor) -> torch.Tensor:

@@ -145,7 +145,7 @@ def tune_jointly(
         **asdict(chosen), "router": asdict(router.config), "model": model.fingerprint(),
     }  # fmt: skip
     with adapted(model, rank) as parameters, AppliedPlan(model, plan, router, guidance=False) as applied:
-        distiller = _AdaptedDistiller(applied, chosen)
+        distiller = AdaptedDistiller(applied, chosen)
 
         def step(index: int) -> dict[str, float]:
             gate = distiller.gate(step_seed(seed, index), index / max(1, steps - 1))
@@ -203,7 +203,9 @@ def sorted_groups(batch: Batch, groups: int) -> list[Batch]:
     return list(batch.take(batch.t_B.argsort()).chunks(-(-len(batch) // groups)))
 
 
-class _AdaptedDistiller(Distiller):
+class AdaptedDistiller(Distiller):
+    """A student with adapters, and the backbone without them as its teacher."""
+
     @contextmanager
     def teaching(self) -> Iterator[None]:
         with adapters_off(self.applied.model):

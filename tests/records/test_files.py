@@ -37,5 +37,5 @@ def test_a_folder_that_cannot_be_written_is_refused_early(folder: str) -> None:
 def test_a_full_disk_is_refused_early(tmp_path: Path) -> None:
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(InputError, match="No space left"):
-        write_atomic(tmp_path / "x", lambda _: (tmp_path / "full").write_text("text") and None)
+        write_atomic(tmp_path / "x", lambda _: (tmp_path / "full").write_text("text"))
     assert not (tmp_path / "x").exists()
