@@ -110,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "rounds": options.rounds,
         "threads": options.threads,
     }
-    print(f"dense {result['dense_ms']:.2f} ms, pruned {result['pruned_ms']:.2f} ms, selection {result['selection_ms']:.3f} ms")
+    print(
+        f"dense {result['dense_ms']:.2f} ms, pruned {result['pruned_ms']:.2f} ms, selection {result['selection_ms']:.3f} ms"
+    )
     print_result(result)
     return result
 

@@ -9,7 +9,9 @@ Importing this package loads nothing heavy; each name is fetched when it is firs
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -34,12 +36,11 @@ _HOME = {
     "measure": "shiva_search.api",
     "optimize": "shiva_search.api",
     "profile": "shiva_search.api",
-    "search": "shiva_search.api",
     "train_selector": "shiva_search.api",
     "warm_up": "shiva_search.api",
     "wrap": "shiva_search.api",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "search", *_HOME]
 
 if TYPE_CHECKING:
     from shiva_search.api import apply_plan, fidelity, fit_cost_model, load_model, load_profile, load_selector
@@ -58,6 +59,24 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """`search` names a function of the API and the room behind it: `shiva_search.search(...)` is the function.
+
+    Importing the room would otherwise put its module in the function's place.
+    """
+
+    @property
+    def search(self) -> Any:
+        return import_module("shiva_search.api").search
+
+    @search.setter
+    def search(self, room: ModuleType) -> None:
+        """The import system's own assignment; the room stays reachable by import."""
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,122 @@
+"""How much of the speed that fewer operations promise arrives: an SD3-shaped model of 24 blocks, 1,024 image tokens.
+
+Every block but the first keeps the same share of tokens, chosen by an untrained router. The ideal is the ratio of
+operations, dense to planned, as torch counts them on shapes; efficiency is the measured speed-up as a share of it.
+Dense and planned forwards take turns.
+
+    python -m benchmarks.speedup --keep 0.6 --rounds 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.timing import print_result
+from shiva_search.models.catalog import as_model
+from shiva_search.models.model import Model
+from shiva_search.records.plan import Plan
+from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.scorers import TokenScorer
+from shiva_search.selection.router import Router
+
+HEAD_WIDTH = 64
+
+
+def sd3_shaped(layers: int, width: int, side: int, text: int, batch: int) -> Model:
+    """SD3 with fewer channels and random weights: side x side image tokens and `text` text tokens."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    module = SD3Transformer2DModel(
+        sample_size=2 * side,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=layers,
+        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=width // HEAD_WIDTH,
+        joint_attention_dim=width,
+        caption_projection_dim=width,
+        pooled_projection_dim=width,
+        pos_embed_max_size=side,
+        qk_norm="rms_norm",
+    )
+    workload = {"batch": batch, "text_tokens": text, "guidance": batch % 2 == 0}
+    return as_model(module.eval().requires_grad_(False), "sd3-shaped", "random weights", workload)
+
+
+def operations(model: Model, plan: Plan) -> int:
+    """Operations of one forward under the plan, 2 per multiply-add; nothing is computed."""
+    shapes = replace(model, module=copy.deepcopy(model.module).to("meta"))
+    with AppliedPlan(shapes, plan, "stride"), FlopCounterMode(display=False) as counter:
+        shapes.predict(shapes.example())
+    return int(counter.get_total_flops())
+
+
+def interleaved_s(model: Model, plan: Plan, scorer: TokenScorer, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of dense and planned forwards that take turns; hooks go on and off outside the clock."""
+    inputs = model.example()
+    dense_s, planned_s = [], []
+
+    def timed() -> float:
+        started = time.perf_counter()
+        model.predict(inputs)
+        return time.perf_counter() - started
+
+    for index in range(rounds + 1):
+        before = timed()
+        with AppliedPlan(model, plan, scorer):
+            planned = timed()
+        after = timed()
+        if index:  # the first round warms up
+            dense_s.append((before + after) / 2)
+            planned_s.append(planned)
+    return dense_s, planned_s
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--text-tokens", type=int, default=333)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    side = round(options.tokens**0.5)
+    model = sd3_shaped(options.layers, options.width, side, options.text_tokens, options.batch)
+    plan = Plan.uniform(model, options.keep)
+    with torch.no_grad():
+        unhashed = plan.with_(model={})  # shapes have no weights to compare
+        ideal = operations(model, Plan.dense(model).with_(model={})) / operations(model, unhashed)
+        router = Router.for_model(model).requires_grad_(False)
+        dense_s, planned_s = interleaved_s(model, plan, router, options.rounds)
+    speedup = statistics.median(dense / planned for dense, planned in zip(dense_s, planned_s, strict=True))
+    result = {
+        "speedup": speedup,
+        "ideal": ideal,
+        "efficiency": speedup / ideal,
+        "dense_ms": 1e3 * statistics.median(dense_s),
+        "planned_ms": 1e3 * statistics.median(planned_s),
+        "rounds": options.rounds,
+        "threads": options.threads,
+    }
+    print(f"speed-up {speedup:.3f} of an ideal {ideal:.3f}: {100 * result['efficiency']:.1f} %")
+    print_result(result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

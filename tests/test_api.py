@@ -1,0 +1,24 @@
+"""The names of the Python API are there, whichever room was imported before them."""
+
+import subprocess
+import sys
+
+import pytest
+
+import shiva_search as ss
+
+
+@pytest.mark.parametrize("name", ss.__all__)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(ss, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = ss.nonsense
+
+
+@pytest.mark.parametrize("first", ["shiva_search.search.knapsack", "shiva_search.api", "shiva_search.search"])
+def test_search_is_the_function_also_after_its_room_was_imported(first: str) -> None:
+    program = f"import {first}\nimport shiva_search as ss\nfrom shiva_search import search\nassert ss.search is search\nassert callable(search)"
+    subprocess.run([sys.executable, "-c", program], check=True)
