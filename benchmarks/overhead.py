@@ -110,9 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "rounds": options.rounds,
         "threads": options.threads,
     }
-    print(
-        f"dense {result['dense_ms']:.2f} ms, pruned {result['pruned_ms']:.2f} ms, selection {result['selection_ms']:.3f} ms"
-    )
+    print(", ".join(f"{name} {statistics.median(values):.3f} ms" for name, values in samples.items()))
     print_result(result)
     return result
 

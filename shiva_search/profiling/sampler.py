@@ -411,9 +411,12 @@ class Sampler:
         taken: list[Sample] = []
         names = [name for name in self.groups if self.open_cells(name)]
         shares = {name: self.groups[name].share for name in names}
-        for name in self._rng.permutation(names):
-            # What a long cell took beyond its group's share is paid back in later rounds.
+        # What a long cell took beyond its group's share is paid back in later rounds, while other groups run.
+        for name in names:
             self._owed_s[name] += self._round_s * shares[name] / sum(shares.values())
+        most_s = max(self._owed_s[name] for name in names)
+        for name in self._rng.permutation(names):
+            self._owed_s[name] += max(0.0, 0.01 - most_s)
             if self._owed_s[name] <= 0:
                 continue
             group_begun = self._clock()

@@ -50,6 +50,7 @@ class Surrogate:
         self._setting: tuple[float, float] | None = None
         self._chosen_with = 0
         self.noise = 0.0
+        self.dimensions = 1.0
 
     @property
     def known(self) -> int:
@@ -100,6 +101,8 @@ class Surrogate:
                 best_loss, self._setting, self._inverse = loss, setting, inverse
                 self.noise = float((left_out * diagonal).mean())
         self._weights = self._inverse @ self._residuals
+        # Participation ratio: in how many directions the residuals really lie.
+        self.dimensions = max(1.0, float(np.trace(gram)) ** 2 / max(float((gram**2).sum()), 1e-300))
 
     def first_order(self, plans_MP: Ints) -> Floats:
         """Sum of the effects [M, S]."""
@@ -124,9 +127,9 @@ class Surrogate:
     def judge(self, mean_MS: Floats, left_M: Floats) -> tuple[Floats, Floats]:
         """Errors and their rough standard deviations [M] from what `change` returned."""
         size = np.einsum("ms,ms->m", mean_MS, mean_MS)
-        spread = self.noise * left_M
-        # Part of the unknown change points along the known one, which is what moves the error up and down.
-        return size + 0.5 * spread, np.sqrt(size * spread) * 0.3 + 0.5 * spread
+        unknown = self.noise * left_M
+        # |y|^2 where y is normal around its mean, with the unknown variance spread over `dimensions` directions.
+        return size + unknown, np.sqrt((4 * size * unknown + 2 * unknown**2) / self.dimensions)
 
     def errors(self, plans_MP: Ints) -> Floats:
         """Expected error [M]."""

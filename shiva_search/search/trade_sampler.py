@@ -24,7 +24,9 @@ from shiva_search.search.sketches import decode
 from shiva_search.search.surrogate import Surrogate
 
 #: Pair trades in a row from one start, and how many of the best pairs are looked at closely each time.
-_ROUNDS, _PAIRS = 3, 48
+_ROUNDS, _PAIRS = 6, 48
+#: Standard deviations that the most curious proposal gives the unknown.
+_CURIOSITY = 2.0
 
 
 def parameter_name(space: Space, position: int) -> str:
@@ -122,8 +124,8 @@ class TradeSampler(BaseSampler):
             errors_n = np.array([error for _, error, _ in judged])
             self.surrogate.fit(plans_nP, errors_n, [decode(attrs.get("sketch")) for _, _, attrs in judged])
             holds = np.flatnonzero(space.feasible(plans_nP))
-            best = holds[np.argsort(errors_n[holds], kind="stable")][: self.starts]
-            starts = [plans_nP[i] for i in best]
+            ranked = holds[np.argsort(errors_n[holds], kind="stable")]
+            starts = [plans_nP[i] for i in ranked[: self.starts]]
         else:
             starts = []
         if not starts:
@@ -141,36 +143,42 @@ class TradeSampler(BaseSampler):
     def _predicted(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
         """Best untried plan by an optimistic prediction, after a few rounds of exhaustive pair trades from each start."""
         space, surrogate = self.space, self.surrogate
-        pool: list[tuple[Ints, Floats, Floats]] = []
-        for start in starts:
-            plan_P = start
+        # How much the unknown may promise varies from proposal to proposal: from trusting to curious.
+        curiosity = rng.uniform(0.0, _CURIOSITY)
+
+        def promise(plans_MP: Ints) -> Floats:
+            errors, spread = surrogate.predict(plans_MP)
+            return errors - curiosity * spread
+
+        pool: list[tuple[Ints, Floats]] = []
+        for plan_P in [starts[0], starts[int(rng.integers(len(starts)))], *self._anywhere(rng)]:
             for _ in range(_ROUNDS):
                 around = np.concatenate([plan_P[None], neighbours(space, plan_P)])
                 change_MS, left_M = surrogate.change(around)
                 errors, spread = surrogate.judge(change_MS, left_M)
                 holds = space.feasible(around)
-                pool.append((around[holds], errors[holds], spread[holds]))
                 pairs = trades(space, plan_P, change_MS[1:] - change_MS[0], around[1:], change_MS[0], most=_PAIRS)
-                if len(pairs):
-                    pool.append((pairs, *surrogate.predict(pairs)))
-                plans, predicted = np.concatenate([around[holds], pairs]), [errors[holds]]
-                if len(pairs):
-                    predicted.append(pool[-1][1])
-                best = int(np.argmin(np.concatenate(predicted)))
-                if np.array_equal(plans[best], plan_P):
+                plans_MP = np.concatenate([around[holds], pairs])
+                values = np.concatenate([errors[holds] - curiosity * spread[holds], promise(pairs)])
+                pool.append((plans_MP, values))
+                best = int(np.argmin(values))
+                if np.array_equal(plans_MP[best], plan_P):
                     break
-                plan_P = plans[best]
-        plans_MP, first = np.unique(np.concatenate([plans for plans, _, _ in pool]), axis=0, return_index=True)
-        errors = np.concatenate([item for _, item, _ in pool])[first]
-        spread = np.concatenate([item for _, _, item in pool])[first]
+                plan_P = plans_MP[best]
+        plans_MP, first = np.unique(np.concatenate([plans for plans, _ in pool]), axis=0, return_index=True)
+        values = np.concatenate([item for _, item in pool])[first]
         new = np.array([plan.tobytes() not in tried for plan in plans_MP])
         if not new.any():
             return None
-        plans_MP, errors, spread = plans_MP[new], errors[new], spread[new]
-        # How much the unknown may promise varies from proposal to proposal, from nothing to a standard deviation.
-        best = int(np.argmin(errors - rng.uniform(0.0, 1.0) * spread))
-        filled = fill(space, plans_MP[best], surrogate.errors, steps=2)
-        return plans_MP[best] if filled.tobytes() in tried else filled
+        best_P = plans_MP[new][int(np.argmin(values[new]))]
+        filled = fill(space, best_P, promise, steps=2)
+        return best_P if filled.tobytes() in tried else filled
+
+    def _anywhere(self, rng: np.random.Generator) -> list[Ints]:
+        """Plans on the budget from all over the space: what is best near the best plan need not be best."""
+        drawn = [rng.integers(0, self.space.sizes) for _ in range(self.starts - 1)]
+        moved = [repair(self.space, plan_P, self._rough(rng)) for plan_P in drawn]
+        return [plan_P for plan_P in moved if plan_P is not None]
 
     def _random(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
         """A few random changes to one of the starts, moved back onto the budget; wider and wider until one is new."""
