@@ -1,94 +1,232 @@
-"""How well each way of choosing tokens keeps fashion-dit's output, on images that nothing was trained or searched on.
+"""What the choice of tokens is worth: output error of scorers at the same plans, against skipping whole blocks.
 
-    python -m benchmarks.fidelity --run reports/demo [--tune-steps 60] [--samples 200]
+On fashion-dit and its held-out "evaluation" images, at uniform keep 0.6 and at a given plan: the untrained scorers, the
+choice by each token's true update ("oracle": it runs every block in full first), the router after warm-up, and tuned at
+the plan; then skipping whole blocks at no more than the same latency, the best set by error on "calibration" images.
+Latency is measured, all rows interleaved with the dense model; the oracle has none. With --samples, images are
+generated and scored by the shipped classifier.
 
-In: the built-in model, its warmed-up router, and a run with a searched plan. Out: a row per method at uniform keep 0.6
-and at the plan, with its measured share of the dense latency. The last line is `RESULT {json}`.
+    python -m benchmarks.fidelity [--plan reports/demo] [--tune-steps 100] [--samples 1000]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from shiva_search.api import warm_up
-from shiva_search.cost.cost_model import load_cost_model
+from benchmarks.timing import print_result
 from shiva_search.devices import open_device
-from shiva_search.models.catalog import load_model
+from shiva_search.models.catalog import load_model, shipped_router
 from shiva_search.models.model import Model
 from shiva_search.models.reference.evaluation import sample, score_samples, velocity_of
 from shiva_search.profiling.end_to_end import measure_plans
-from shiva_search.records.budget import Budget
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.scorers import SCORERS, TokenScorer
-from shiva_search.search import fidelity, search
-from shiva_search.search.whole_blocks import WholeBlocks
-from shiva_search.selection.router import load_selector
-from shiva_search.selection.training import tune
+from shiva_search.search.fidelity import FidelityEvaluator
+from shiva_search.selection.router import Router, load_selector
+from shiva_search.selection.training import tune, warm_up
+
+KEEP = 0.6
+GUIDANCE_SCALE, SAMPLER_STEPS = 2.5, 25
+#: More sets of blocks than this are not tried one by one.
+MOST_SETS = 200
 
 
-def say(line: str) -> None:
-    """Progress goes to stderr."""
+class Oracle:
+    """Ranks tokens by the update the block would give them if it saw all of them; as dear as the dense block."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.seen: dict[int, dict[str, Any]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what each block is called with."""
+        hooks = []
+        for layer in self.model.layers:
+
+            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: Any = layer) -> None:
+                self.seen[layer.index] = {**kwargs, **dict(zip(layer.arguments, args, strict=False))}
+
+            hooks.append(layer.module.register_forward_pre_hook(note, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __call__(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
+        """Sizes of the updates [B, N]."""
+        block = self.model.layers[layer]
+        inputs = {**self.seen[layer], block.adapter.tokens: x_BND}
+        with torch.no_grad():
+            out_BND, _ = block.adapter.unpack(type(block.module).forward(block.module, **inputs))
+        return (out_BND - x_BND).float().norm(dim=-1)
+
+
+@dataclass
+class Entry:
+    """One row: a way to choose, at a plan.
+
+    Attributes:
+        method: how tokens (or blocks) are chosen.
+        name: of the plan it is compared at.
+        plan, scorer: what runs.
+        figures: error, latency_share, frechet, agreement; None where unknown.
+    """
+
+    method: str
+    name: str
+    plan: Plan
+    scorer: TokenScorer | str
+    figures: dict[str, float | None] = field(default_factory=dict)
+
+
+def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def score(model: Model, plan: Plan, scorer: TokenScorer | str, samples: int, steps: int) -> dict[str, float | None]:
-    """Classifier agreement and Frechet distance of samples under a plan; None where no samples are asked for."""
-    if samples == 0:
-        return {"frechet": None, "agreement": None}
+def copy_of(router: Router) -> Router:
+    """A router of its own, since tuning works in place."""
+    twin = Router(router.config)
+    twin.load_state_dict(router.state_dict())
+    twin.model, twin.origin = router.model, dict(router.origin)
+    return twin.eval().requires_grad_(False)
+
+
+def warm_router(model: Model, path: Path | None, steps: int | None, seed: int) -> Router:
+    """The router from a file, the one that ships, or one trained now."""
+    shipped = shipped_router(model)
+    if path is not None or (shipped is not None and steps is None):
+        return load_selector(path or shipped or "")
+    return warm_up(model, steps=steps or 200, seed=seed, progress=tell)[0]
+
+
+def skip_only(model: Model, limit: float, shares: Mapping[int, float], batch_size: int, seed: int) -> Plan:
+    """The best plan without token selection whose latency share is within `limit`, by error on calibration images.
+
+    Args:
+        shares: measured share of the dense latency by number of blocks skipped.
+    """
+    count = min((skipped for skipped, share in shares.items() if share <= limit), default=max(shares))
+    sets = list(itertools.islice(itertools.combinations(range(1, model.layer_count), count), MOST_SETS))
+    judge = FidelityEvaluator(model, "stride", model.batch("calibration", batch_size, seed))
+    rows = [[0 if layer in out else model.tokens for layer in range(model.layer_count)] for out in sets]
+    return Plan.from_rows(model, [min(rows, key=judge.error)], workload=model.workload.as_dict())
+
+
+def skip_shares(model: Model, device_name: str, seconds: float) -> dict[int, float]:
+    """Measured share of the dense latency by number of blocks skipped; which ones makes no difference to it."""
+    layers = model.layer_count
+    counts = range(1, layers)
+    plans = [
+        Plan.from_rows(model, [[model.tokens] * (layers - count) + [0] * count], workload=model.workload.as_dict())
+        for count in counts
+    ]
+    found = measure_plans(model, plans, open_device(device_name), seconds=seconds)
+    return {count: item.ratio for count, item in zip(counts, found, strict=True)}
+
+
+def error_of(model: Model, entry: Entry, images: int, seed: int) -> float:
+    """NMSE of the output against the dense one on held-out images, at stratified timesteps."""
+    batch = model.batch("evaluation", images, seed)
+    return FidelityEvaluator(model, entry.scorer, batch, segments=entry.plan.segments).error(entry.plan)
+
+
+def score(model: Model, entry: Entry | None, samples: int, seed: int) -> dict[str, float]:
+    """Frechet distance and classifier agreement of generated images; None is the dense model."""
     labels = torch.arange(samples) % 10
-    with torch.no_grad(), AppliedPlan(model, plan, scorer, guidance=True):
-        generator = torch.Generator().manual_seed(0)
-        return dict(score_samples(sample(velocity_of(model.module), labels, steps, 2.5, generator), labels))
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return sample(velocity_of(model.module), labels, SAMPLER_STEPS, GUIDANCE_SCALE, generator)
+
+    if entry is None:
+        return score_samples(draw(), labels)
+    with AppliedPlan(model, entry.plan, entry.scorer, guidance=True):
+        return score_samples(draw(), labels)
+
+
+def entries_at(model: Model, name: str, plan: Plan, router: Router, tune_steps: int, seed: int) -> list[Entry]:
+    """All ways to choose tokens at one plan."""
+    ways: dict[str, TokenScorer | str] = {scorer: scorer for scorer in SCORERS}
+    ways["oracle"] = Oracle(model)
+    ways["router"] = router
+    if tune_steps:
+        ways["tuned"] = tune(model, copy_of(router), plan, steps=tune_steps, seed=seed, progress=tell)[0]
+    return [Entry(method, name, plan, scorer) for method, scorer in ways.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("reports/demo"), help="folder of a run on fashion-dit")
-    parser.add_argument("--tune-steps", type=int, default=60, help="steps of tuning at uniform keep 0.6")
-    parser.add_argument("--images", type=int, default=512, help="held-out images behind each error")
-    parser.add_argument("--samples", type=int, default=0, help="images to draw for agreement and Frechet distance")
-    parser.add_argument("--steps", type=int, default=14, help="sampler steps of those")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time for the latency shares")
+    parser.add_argument("--plan", type=Path, help="plan.json or a run's folder, beside uniform keep")
+    parser.add_argument("--router", type=Path, help="a warmed-up router; the one that ships otherwise")
+    parser.add_argument("--warm-up-steps", type=int, help="train a router now instead of taking the one that ships")
+    parser.add_argument("--tune-steps", type=int, default=100, help="0 leaves the tuned rows out")
+    parser.add_argument("--images", type=int, default=256, help="held-out images per error")
+    parser.add_argument("--samples", type=int, default=0, help="generated images per row; 0 leaves these figures empty")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of measuring latency; 0 leaves it empty")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    model, device = load_model(), open_device("cpu")
-    planned, uniform = Plan.from_file(args.run), Plan.uniform(model, 0.6)
-    cost = load_cost_model(args.run)
-    router = warm_up(model)
-    say("tuning a copy of the router at uniform keep 0.6")
-    tuned, _ = tune(model, warm_up(model), uniform, steps=args.tune_steps, seed=args.seed, progress=say)
-    say("searching the best plan that only skips whole blocks at the plan's latency")
-    target = Budget(latency_ms=cost.predict(planned).latency_ms)
-    skipping = search(model, WholeBlocks(cost), target, trials=60, seed=args.seed, scorer="stride").plan
-    cases: list[tuple[str, str, Plan, TokenScorer | str]] = []
-    for where, plan, selector in (("uniform 0.6", uniform, tuned), ("searched plan", planned, load_selector(args.run))):
-        cases += [(f"{where}, {name}", where, plan, name) for name in SCORERS]
-        cases += [(f"{where}, router", where, plan, router), (f"{where}, tuned router", where, plan, selector)]
-    cases.append(("whole blocks skipped", "skip", skipping, "stride"))
-    copies = [plan.with_() for _, _, plan, _ in cases]
-    scorers = {id(copy): case[3] for copy, case in zip(copies, cases, strict=True)}
-    measured = measure_plans(
-        model, copies, device, scorer_for=lambda plan: scorers[id(plan)], seconds=args.seconds, seed=args.seed
-    )
+    options = parser.parse_args()
+    model = load_model()
+    router = warm_router(model, options.router, options.warm_up_steps, options.seed)
+    plans = {f"uniform {KEEP}": Plan.uniform(model, KEEP, workload=model.workload.as_dict())}
+    if options.plan is not None:
+        plans["searched"] = Plan.from_file(options.plan)
+    entries = [
+        entry
+        for name, plan in plans.items()
+        for entry in entries_at(model, name, plan, router, options.tune_steps, options.seed)
+    ]
+    if options.seconds:
+        timed = [entry for entry in entries if not isinstance(entry.scorer, Oracle)]
+        scorers = {id(entry.plan): entry.scorer for entry in timed}
+        for entry in timed:  # measured by row: plans are told apart by identity
+            entry.plan = replace(entry.plan)
+            scorers[id(entry.plan)] = entry.scorer
+        found = measure_plans(
+            model, [entry.plan for entry in timed], open_device(options.device),
+            scorer_for=lambda plan: scorers[id(plan)], seconds=options.seconds * 0.8, seed=options.seed,
+        )  # fmt: skip
+        for entry, measured in zip(timed, found, strict=True):
+            entry.figures["latency_share"] = measured.ratio
+        shares = skip_shares(model, options.device, options.seconds * 0.2)
+        for name in plans:
+            limit = next(e.figures["latency_share"] for e in entries if (e.method, e.name) == ("router", name))
+            assert limit is not None
+            plan = skip_only(model, limit, shares, batch_size=64, seed=options.seed)
+            skipped = sum(k == 0 for k in plan.tokens_kept[0])
+            entries.append(Entry("skip-only", name, plan, "stride", {"latency_share": shares[skipped]}))
     rows: list[dict[str, Any]] = []
-    for (name, _, plan, scorer), found in zip(cases, measured, strict=True):
-        error = fidelity(model, plan, scorer, split="evaluation", samples=args.images, seed=args.seed)
-        figures = score(model, plan, scorer, args.samples, args.steps)
-        rows.append({"method": name, "latency_share": found.ratio, "error": error, **figures, "plan": plan.tokens_kept})
-        say(f"{name:<32} {found.ratio:6.1%} of dense  error {error:.4f}")
-    gains = {}
-    for where in ("uniform 0.6", "searched plan"):
-        errors = {row["method"]: row["error"] for row in rows if row["method"].startswith(where)}
-        best = min(errors[f"{where}, {name}"] for name in SCORERS)
-        gains[where] = 1 - errors[f"{where}, tuned router"] / best
-    print("RESULT " + json.dumps({"rows": rows, "gain_over_best_untrained": gains, "images": args.images}))
+    dense = score(model, None, options.samples, options.seed) if options.samples else {}
+    rows.append({"method": "dense", "plan": "dense", "latency_share": 1.0, "error": 0.0, **dense})
+    for entry in entries:
+        watched = entry.scorer.watching() if isinstance(entry.scorer, Oracle) else nullcontext()
+        with watched:
+            entry.figures["error"] = error_of(model, entry, options.images, options.seed)
+            if options.samples:
+                entry.figures |= score(model, entry, options.samples, options.seed)
+        rows.append({"method": entry.method, "plan": entry.name, **entry.figures})
+    columns = ("method", "plan", "latency_share", "error", "frechet", "agreement")
+    rows = [{name: row.get(name) for name in columns} for row in rows]
+    for row in rows:
+        print("  ".join(f"{_cell(row[name]):>12}" for name in columns))
+    print_result({"rows": rows, "images": options.images, "samples": options.samples})
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 if __name__ == "__main__":
