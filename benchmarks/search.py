@@ -98,7 +98,7 @@ def random_model(layers: int = 24, side: int = 8, width: int = 32, seed: int = 0
 
 
 def open_model(name: str) -> Model:
-    """"random-24" and the like, or whatever load_model knows."""
+    """A name such as "random-24", or whatever load_model knows."""
     if name.startswith("random-"):
         return random_model(int(name.removeprefix("random-")))
     return load_model(name)
@@ -164,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--forwards", type=float, default=1000.0)
     parser.add_argument("--ours-forwards", type=float, default=300.0)
-    parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=["tpe", "nsga2", "nsga3", "gp", "random"])
+    parser.add_argument(
+        "--baselines", nargs="*", default=list(BASELINES), choices=["tpe", "nsga2", "nsga3", "gp", "random"]
+    )
     parser.add_argument("--gp-trials", type=int, default=300, help="the Gaussian process takes minutes beyond that")
     parser.add_argument("--scorer", default="stride")
     options = parser.parse_args(arguments)
@@ -186,7 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     most = options.gp_trials if other == "gp" else 10**6
                     curves[other] = baseline(other, space, evaluator, seed, options.forwards, most)
                     spent[other] = time.process_time() - started
-                row = {"model": name, "budget": share, "seed": seed, "cpu_s": {k: round(v, 1) for k, v in spent.items()}}
+                row = {
+                    "model": name,
+                    "budget": share,
+                    "seed": seed,
+                    "cpu_s": {k: round(v, 1) for k, v in spent.items()},
+                }
                 for point in (10, 20, 30, 60, 100, 300, 1000):
                     row[f"after_{point}"] = {method: at(curve, point) for method, curve in curves.items()}
                 rows.append(row)

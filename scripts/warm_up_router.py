@@ -1,6 +1,6 @@
 """Train the router that ships with fashion-dit: warm-up over all ratios, resumable.
 
-    python scripts/warm_up_router.py --work DIR --steps 500      # writes shiva_search/models/reference/router.safetensors
+    python scripts/warm_up_router.py --work DIR --steps 300   # writes models/reference/router.safetensors
 
 In: the shipped transformer and the "train" part of the shipped held-out images. Out: the router and its curve.
 """
@@ -17,9 +17,10 @@ from shiva_search.selection.training import warm_up
 
 
 def main() -> None:
+    """Read the command line, train, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

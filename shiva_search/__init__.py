@@ -43,8 +43,21 @@ _HOME = {
 __all__ = ["__version__", "search", *_HOME]
 
 if TYPE_CHECKING:
-    from shiva_search.api import apply_plan, fidelity, fit_cost_model, load_model, load_profile, load_selector
-    from shiva_search.api import measure, optimize, profile, search, train_selector, warm_up, wrap
+    from shiva_search.api import (
+        apply_plan,
+        fidelity,
+        fit_cost_model,
+        load_model,
+        load_profile,
+        load_selector,
+        measure,
+        optimize,
+        profile,
+        search,
+        train_selector,
+        warm_up,
+        wrap,
+    )
     from shiva_search.errors import BudgetBrokenError, InfeasibleBudgetError, InputError, ShivaError, UnavailableError
     from shiva_search.records.budget import Budget
     from shiva_search.records.cost import CostEstimate

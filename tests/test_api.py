@@ -20,5 +20,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize("first", ["shiva_search.search.knapsack", "shiva_search.api", "shiva_search.search"])
 def test_search_is_the_function_also_after_its_room_was_imported(first: str) -> None:
-    program = f"import {first}\nimport shiva_search as ss\nfrom shiva_search import search\nassert ss.search is search\nassert callable(search)"
+    program = (
+        f"import {first}\nimport shiva_search as ss\nfrom shiva_search import search\n"
+        "assert ss.search is search\nassert callable(search)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

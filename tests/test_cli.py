@@ -95,7 +95,18 @@ def test_devices_say_why_a_sensor_is_missing(capsys: pytest.CaptureFixture[str])
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("profile", "optimize", "train", "measure", "compare", "report", "generate", "worker", "devices", "models"):
+    for command in (
+        "profile",
+        "optimize",
+        "train",
+        "measure",
+        "compare",
+        "report",
+        "generate",
+        "worker",
+        "devices",
+        "models",
+    ):
         code, out, _ = run(capsys, command, "--help")
         assert code == 0
         assert f"Example: shiva-search {command}" in " ".join(out.split())

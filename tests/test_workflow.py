@@ -86,7 +86,9 @@ def test_predicted_and_measured_have_columns_of_their_own(run: Path) -> None:
 def test_the_profile_is_kept_with_its_samples(run: Path, folder: Path) -> None:
     profiles = run.parent.parent / "profiles" / "cpu" / folder.name
     table = rows(profiles / "profile.csv")
-    needed = "signature tokens tokens_kept latency_ms latency_ms_low latency_ms_high samples selection_ms energy_j power_w"
+    needed = (
+        "signature tokens tokens_kept latency_ms latency_ms_low latency_ms_high samples selection_ms energy_j power_w"
+    )
     assert set(f"{needed} peak_memory_mib gflops flags".split()) <= set(table[0])
     assert all(row["energy_j"] != "0" for row in table)
     assert (profiles / "samples.csv").is_file()

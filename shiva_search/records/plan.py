@@ -73,14 +73,18 @@ class Plan:
             raise InputError("a plan needs at least one row of tokens_kept with one entry per layer")
         for row in self.tokens_kept:
             if len(row) != len(self.tokens_kept[0]):
-                raise InputError(f"all rows of tokens_kept have one entry per layer, got {[*map(len, self.tokens_kept)]}")
+                raise InputError(
+                    f"all rows of tokens_kept have one entry per layer, got {[*map(len, self.tokens_kept)]}"
+                )
             for layer, kept in enumerate(row):
                 if isinstance(kept, bool) or not isinstance(kept, int) or not 0 <= kept <= self.tokens:
                     raise InputError(
                         f"tokens_kept must be whole numbers in [0, {self.tokens}], got {kept!r} in layer {layer}"
                     )
             if row[0] != self.tokens:
-                raise InputError(f"the first layer keeps all {self.tokens} tokens, got {row[0]}; pruning there hurts most")
+                raise InputError(
+                    f"the first layer keeps all {self.tokens} tokens, got {row[0]}; pruning there hurts most"
+                )
         if len(self.segments) != len(self.tokens_kept):
             raise InputError(f"{len(self.segments)} segments but {len(self.tokens_kept)} rows of tokens_kept")
         edges = sorted(self.segments)
@@ -167,7 +171,17 @@ class Plan:
                 known["segments"] = tuple((float(low), float(high)) for low, high in known["segments"])
             if "attend" in known:
                 known["attend"] = tuple(tuple(row) for row in known["attend"])
-            for name in ("model", "workload", "bypass", "budget", "predicted", "measured", "fidelity", "solver", "origin"):
+            for name in (
+                "model",
+                "workload",
+                "bypass",
+                "budget",
+                "predicted",
+                "measured",
+                "fidelity",
+                "solver",
+                "origin",
+            ):
                 if not isinstance(known.get(name, {}), Mapping):
                     raise TypeError(f"{name} is not an object")
             return cls(**known)

@@ -107,7 +107,7 @@ class Space:
         return np.tile(np.array(rows), (self.segments, 1))
 
     def table(self, metric: str) -> Floats:
-        """What a choice at a position adds to an additive metric [P, C], mean over segments; unused cells are infinite."""
+        """What a choice at a position adds to an additive metric [P, C], mean over segments; unused cells: infinity."""
         table = np.full(self.kept.shape, np.inf)
         for position in range(self.positions):
             segment, layer = divmod(position, self.layers)

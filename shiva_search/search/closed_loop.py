@@ -222,7 +222,7 @@ def _broken(budget: Budget, rounds: list[dict[str, Any]]) -> BudgetBrokenError:
     limit = budget.limits().get(metric)
     asked = said(metric, limit) if limit is not None else f"{budget.shares[metric]:.1%} of dense"
     return BudgetBrokenError(
-        f"after {len(rounds)} measured rounds the best plan still uses {last['used'][metric]:.1%} of the {metric} budget "
-        f"of {asked} (measured {last['measured_latency_ms']:.2f} ms, {last['measured_ratio']:.1%} of dense); "
+        f"after {len(rounds)} measured rounds the best plan still uses {last['used'][metric]:.1%} of the {metric} "
+        f"budget of {asked} (measured {last['measured_latency_ms']:.2f} ms, {last['measured_ratio']:.1%} of dense); "
         "raise the budget, or measure on a quieter machine"
     )

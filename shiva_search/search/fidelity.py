@@ -10,7 +10,7 @@ Legend: b samples of a chunk, N tokens, D width, S sketch entries.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,7 +44,7 @@ class Judged:
         samples: samples seen.
         complete: whether that is the whole batch.
         parts: squared error of each sample over the batch's mean dense energy, so that their mean is `error`.
-        sketch: random projection [S] of the output difference on the probe chunks; its squared norm is about their NMSE.
+        sketch: random projection [S] of the output difference on the probe chunks; its squared norm is about the NMSE.
     """
 
     error: float
@@ -189,8 +189,8 @@ class FidelityEvaluator:
         if isinstance(plan, Plan):
             rows: Rows = plan.tokens_kept
         else:
-            nested = plan if plan and isinstance(plan[0], Sequence) else [plan]
-            rows = tuple(tuple(int(k) for k in row) for row in nested)  # type: ignore[union-attr]
+            nested: Any = plan if plan and isinstance(plan[0], Sequence) else [plan]
+            rows = tuple(tuple(int(k) for k in row) for row in nested)
         if len(rows) != len(self.segments) or any(len(row) != self.model.layer_count for row in rows):
             raise InputError(
                 f"this evaluator takes {len(self.segments)} rows of {self.model.layer_count} entries, "
@@ -214,11 +214,11 @@ class FidelityEvaluator:
         order = [(s, parts[j]) for j in range(depth) for s, parts in enumerate(per_segment) if j < len(parts)]
         self._probe_chunks = sum(min(self.probe, len(parts)) for parts in per_segment)
         # A segment with fewer chunks than `probe` shifts nothing: chunks are dealt out round by round.
-        chunks = []
+        chunks: list[_Chunk] = []
         with torch.no_grad(), self._applied() as controller:
             controller.record = frozenset({0})
             for segment, members in order:
-                batch = _take(self.batch, members)
+                batch = self.batch.take(members)
                 dense = self._forward(batch)
                 # The first layer is dense in every plan, so this state serves them all.
                 self._prefixes.put(len(chunks), self._dense_row, controller.recorded[0])
@@ -259,7 +259,9 @@ class FidelityEvaluator:
         # Deep layers first: when room is short they are dropped first, being shared by the fewest plans.
         for layer in sorted(controller.recorded, reverse=True):
             self._prefixes.put(index, row, controller.recorded[layer])
-        difference = (output.float() - chunk.dense.float()).flatten(1) * chunk.weight_b.sqrt().to(output.device)[:, None]
+        difference = (output.float() - chunk.dense.float()).flatten(1) * chunk.weight_b.sqrt().to(output.device)[
+            :, None
+        ]
         squared_b = difference.square().sum(1).cpu()
         part = None
         if index < self._probe_chunks:
@@ -313,20 +315,6 @@ def _bytes(state: Resume) -> int:
     if state.history is not None:
         tensors += [state.history.age_BN, state.history.update_size_BN]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _take(batch: Batch, members: torch.Tensor) -> Batch:
-    """The given samples of a batch."""
-    count = len(batch)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-            return value[members.to(value.device)]
-        if isinstance(value, Mapping):
-            return {name: cut(item) for name, item in value.items()}
-        return value
-
-    return Batch(cut(batch.inputs), cut(batch.t_B), None if batch.target is None else cut(batch.target))
 
 
 @lru_cache(maxsize=256)

@@ -64,7 +64,11 @@ def solve(space: Space, errors_PC: Floats, *, time_limit_s: float = 60.0) -> Sol
 
 
 def solve_front(
-    space: Space, errors_PC: Floats, metric: str = "latency_ms", points: int = 16, span: tuple[float, float] = (0.0, 1.0)
+    space: Space,
+    errors_PC: Floats,
+    metric: str = "latency_ms",
+    points: int = 16,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> list[Solution]:
     """The exact front of error against one metric: solved again along limits from the floor to the dense model.
 
@@ -130,7 +134,8 @@ def explain(space: Space) -> InfeasibleBudgetError:
 def infeasible(metric: str, limit: float, least: float, where: str) -> InfeasibleBudgetError:
     """The refusal that names budget, floor and next step."""
     return InfeasibleBudgetError(
-        f"{_SAID[metric][0]} budget {said(metric, limit)} is below this model's floor of {said(metric, least, up=True)} "
+        f"{_SAID[metric][0]} budget {said(metric, limit)} is below this model's floor of "
+        f"{said(metric, least, up=True)} "
         f"({where}). Raise {option_name(metric)} or allow fewer tokens with --min-keep."
     )
 
@@ -193,7 +198,7 @@ def _solve_once(space: Space, errors_PC: Floats, time_limit_s: float, margin: fl
         constraints.append(LinearConstraint(vstack(lines, format="csr"), -np.inf, np.array(limits)))
     result = milp(
         relative / span * _SCALE,
-        integrality=np.ones(count),
+        integrality=np.ones(count, dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"mip_rel_gap": 0.0, "time_limit": time_limit_s},
@@ -216,7 +221,9 @@ def _solve_once(space: Space, errors_PC: Floats, time_limit_s: float, margin: fl
 def _least_power(space: Space) -> Ints | None:
     """Least energy per latency: Dinkelbach's iteration on energy - power * latency, which ends in a few steps."""
     power_w, best = math.inf, None
-    energy_PC, latency_PC = (np.where(np.isfinite(t), t, 0.0) for t in map(space.tables.get, ("energy_j", "latency_ms")))
+    energy_PC, latency_PC = (
+        np.where(np.isfinite(t), t, 0.0) for t in (space.tables["energy_j"], space.tables["latency_ms"])
+    )
     for _ in range(50):
         weight = 1e-3 * (power_w if best is not None else 0.0)
         found = _solve(space, energy_PC - weight * latency_PC, 60.0)

@@ -66,7 +66,7 @@ def repair(space: Space, plan_P: Ints, predict: Predict) -> Ints | None:
 
 
 def fill(space: Space, plan_P: Ints, predict: Predict, steps: int = 32) -> Ints:
-    """Spend slack: the single change that lowers the predicted error most and still holds the limits, until none does."""
+    """Spend slack: the one change that lowers the predicted error most and still holds the limits, until none does."""
     plan_P = plan_P.copy()
     current = float(predict(plan_P[None])[0])
     for _ in range(steps):

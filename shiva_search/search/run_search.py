@@ -231,6 +231,7 @@ def join_study(
         InputError: another model or scorer than the study's.
     """
     opened = open_storage(storage)
+    assert opened is not None  # None only where no storage is named
     until = time.monotonic() + wait_s
     while True:
         try:
@@ -394,7 +395,9 @@ def evaluator_for(
 
 def _space_of(model: Model, cost: PlanCost, budget: Budget, space: Space, scale: Mapping[str, float]) -> Space:
     """The same choices at corrected costs and scaled limits."""
-    fresh = build_space(model, cost, Budget(**budget.resolve(cost.dense).limits()), segments=space.segments)
+    fresh = build_space(
+        model, cost, Budget(**dict[str, Any](budget.resolve(cost.dense).limits())), segments=space.segments
+    )
     return _with_choices(fresh, space, scale, cost)
 
 
@@ -402,7 +405,9 @@ def _with_choices(fresh: Space, space: Space, scale: Mapping[str, float], cost: 
     tables = {
         metric: tuple(
             tuple(
-                k / (space.tokens * space.layers) if metric == "mean_keep" else float(cost.layer_cost(metric, i, k) or 0.0)
+                k / (space.tokens * space.layers)
+                if metric == "mean_keep"
+                else float(cost.layer_cost(metric, i, k) or 0.0)
                 for k in ks
             )
             for i, ks in enumerate(space.choices)
@@ -461,7 +466,9 @@ def _pareto(
     metric = "latency_ms" if "latency_ms" in plans.space.tables else "mean_keep"
     made = [plan_of(r.plan_P) for r in records]
     predicted = [cost.predict(plan) for plan in made]
-    costs = [p.latency_ms if metric == "latency_ms" else plan.mean_keep for p, plan in zip(predicted, made, strict=True)]
+    costs = [
+        p.latency_ms if metric == "latency_ms" else plan.mean_keep for p, plan in zip(predicted, made, strict=True)
+    ]
     front = set(non_dominated([r.error for r in records], [float(c or 0.0) for c in costs]))
     # The chosen plan is shown even where a correction of the costs has put another one just ahead of it.
     front |= {i for i, r in enumerate(records) if np.array_equal(r.plan_P, chosen_P)}
@@ -473,8 +480,6 @@ def _pareto(
     return rows
 
 
-def _digest(
-    model: Model, scorer: TokenScorer | str, space: Space, samples: int, chunk: int, seed: int
-) -> str:
+def _digest(model: Model, scorer: TokenScorer | str, space: Space, samples: int, chunk: int, seed: int) -> str:
     problem = [space.as_dict(), model.fingerprint(), scorer_identity(scorer), samples, chunk, seed]
     return hashlib.sha256(json.dumps(problem, sort_keys=True).encode()).hexdigest()

@@ -174,7 +174,9 @@ class PlanStudy:
         attributes = trial.user_attrs
         origin = attributes.get("origin", self.settings["sampler"])
         complete = bool(attributes.get("complete", True))
-        return Record(trial.number, from_params(self.space, trial.params), trial.values[0], complete, origin, attributes)
+        return Record(
+            trial.number, from_params(self.space, trial.params), trial.values[0], complete, origin, attributes
+        )
 
     def best(self, space: Space | None = None, without: frozenset[bytes] = frozenset()) -> Record | None:
         """The completely judged plan of least error that holds the limits of `space` (default: the study's own)."""

@@ -1,4 +1,4 @@
-"""A model of the output's change, learned from the plans judged so far. In: effects and judged plans. Out: predicted errors.
+"""A model of the output's change, learned from judged plans. In: effects and judged plans. Out: predicted errors.
 
 The mean is first order (effects of single layers add up as vectors); what is left over is a Gaussian process with
 vector values, so that each judged plan corrects its neighbourhood, interactions of layers included. Distances between

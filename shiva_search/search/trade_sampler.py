@@ -141,7 +141,7 @@ class TradeSampler(BaseSampler):
         return found
 
     def _predicted(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
-        """Best untried plan by an optimistic prediction, after a few rounds of exhaustive pair trades from each start."""
+        """Best untried plan by an optimistic prediction, after rounds of exhaustive pair trades from each start."""
         space, surrogate = self.space, self.surrogate
         # How much the unknown may promise varies from proposal to proposal: from trusting to curious.
         curiosity = rng.uniform(0.0, _CURIOSITY)

@@ -5,6 +5,7 @@ Everything is drawn from (seed, step) alone: a step taken up again after an inte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ import torch
 from shiva_search.models.model import Batch, Model
 from shiva_search.records.plan import Plan
 
+#: Shares of tokens that are drawn: multiples of 1/20. A new shape costs a library time and memory to prepare for, and a
+#: router that ranks well at these ranks well in between.
+LEVELS = 20
 _STEPS_PER_SEED = 1_000_003  # a prime, so that seeds 0, 1, 2 share no batch in any realistic number of steps
 
 
@@ -51,7 +55,9 @@ def draw_row(
     """
     uniform = torch.rand((), generator=generator).item() < 1 / 3
     keeps_L = keep + (0.0 if uniform else 0.2) * torch.randn(layers, generator=generator)
-    kept = (keeps_L.clamp(*keep_range) * tokens).long().clamp(1, tokens)
+    low, high = (math.ceil(keep_range[0] * LEVELS - 1e-9), math.floor(keep_range[1] * LEVELS + 1e-9))
+    level_L = (keeps_L * LEVELS).round().clamp(low, max(low, high))
+    kept = (level_L * tokens / LEVELS).long().clamp(1, tokens)
     fate_L = torch.rand(layers, generator=generator)
     if not uniform:
         kept[fate_L < 0.1] = 0

@@ -104,6 +104,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.uses_history = any(name != "spread" for name in config.features)
+        self.uses_update_size = "update_size" in config.features
         self.model: Mapping[str, Any] = {}
         self.origin: dict[str, Any] = {}
         self.units = nn.ModuleList(_Unit(config) for _ in range(math.ceil(config.layers / config.group)))
@@ -127,7 +128,8 @@ class Router(nn.Module):
             torch.manual_seed(seed)
             router = cls(config)
         router.model = model.fingerprint()
-        return router.to(next(model.module.parameters()).device)
+        device = next(model.module.parameters()).device
+        return router if device.type == "meta" else router.to(device)  # of shapes only, widths can still be read
 
     def forward(
         self,

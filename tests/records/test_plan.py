@@ -65,7 +65,8 @@ def test_refuses_bad_keep(keep: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"tokens": 100}', '{"tokens": 100, "tokens_kept": 5}', '{"tokens": "x", "tokens_kept": [[1]]}',
+    ["", "{", "[]", "{}", '{"tokens": 100}', '{"tokens": 100, "tokens_kept": 5}',
+     '{"tokens": "x", "tokens_kept": [[1]]}',
      '{"schema_version": 99, "tokens": 100, "tokens_kept": [[100]]}'],
 )  # fmt: skip
 def test_refuses_foreign_files_in_one_line(tmp_path: Path, text: str) -> None:

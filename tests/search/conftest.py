@@ -98,7 +98,10 @@ class SyntheticCost:
     def corrected(self, plan: Plan, measured_ratio: float) -> SyntheticCost:
         dense_ms = self.dense.latency_ms
         pruned_ms = np.mean(
-            [sum(self.layer_cost("latency_ms", i, k) for i, k in enumerate(row) if k < self.tokens) for row in plan.tokens_kept]
+            [
+                sum(self.layer_cost("latency_ms", i, k) for i, k in enumerate(row) if k < self.tokens)
+                for row in plan.tokens_kept
+            ]
         )
         if self.deaf or not pruned_ms:
             return self

@@ -33,7 +33,9 @@ def instances(draw: st.DrawFn) -> tuple[Space, np.ndarray]:
     space = Space(64, layers, weights, choices, cost, fixed)
     every = all_plans(space)
     limits = {}
-    for metric in draw(st.sets(st.sampled_from(["latency_ms", "energy_j", "power_w", "gflops", "mean_keep"]), max_size=3)):
+    for metric in draw(
+        st.sets(st.sampled_from(["latency_ms", "energy_j", "power_w", "gflops", "mean_keep"]), max_size=3)
+    ):
         values = space.total(metric, every)
         share = draw(st.floats(-0.1, 1.1))
         limit = float(values.min() + share * (values.max() - values.min()))
@@ -155,7 +157,9 @@ def test_budgets_that_exclude_each_other_are_named_together() -> None:
     # What is fast needs energy, and the other way round: each limit alone can be held.
     choices = ((4,), (0, 4), (0, 4))
     cost = {"latency_ms": ((0.0,), (1.0, 5.0), (1.0, 5.0)), "energy_j": ((0.0,), (5.0, 1.0), (5.0, 1.0))}
-    space = Space(4, 3, (1.0,), choices, cost, {"latency_ms": 0.0, "energy_j": 0.0}, {"latency_ms": 3.0, "energy_j": 3.0})
+    space = Space(
+        4, 3, (1.0,), choices, cost, {"latency_ms": 0.0, "energy_j": 0.0}, {"latency_ms": 3.0, "energy_j": 3.0}
+    )
     message = str(explain(space))
     assert "latency budget 3.000 ms" in message and "floor of 10.00 ms" in message and "energy held" in message
 

@@ -132,7 +132,10 @@ def test_scorers_are_told_apart() -> None:
     from shiva_search.runtime.scorers import Random, Stride
 
     torch.manual_seed(0)
-    names = [scorer_identity(s) for s in ("stride", Stride(), Random(0), Random(1), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))]
+    names = [
+        scorer_identity(s)
+        for s in ("stride", Stride(), Random(0), Random(1), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    ]
     assert names[0] == names[1] == "stride"
     assert len(set(names[1:])) == 5
 
@@ -156,7 +159,11 @@ def test_a_finished_search_is_found_again_and_a_longer_one_goes_on(model, cost, 
 
 @pytest.mark.parametrize(
     ("storage", "error"),
-    [("postgresql://nobody@127.0.0.1:1/none", UnavailableError), ("oracel://x", UnavailableError), ("/proc/no/x", InputError)],
+    [
+        ("postgresql://nobody@127.0.0.1:1/none", UnavailableError),
+        ("oracel://x", UnavailableError),
+        ("/proc/no/x", InputError),
+    ],
 )
 def test_storages_that_cannot_be_opened_are_refused_in_one_line(storage: str, error: type[Exception]) -> None:
     with pytest.raises(error) as refusal:

@@ -40,7 +40,9 @@ def truth(space: Space, effects: Effects, seed: int):
 
     def vector(plan_P: np.ndarray) -> np.ndarray:
         size = 1 - pick(space.kept / 64, plan_P)[0]
-        return effects.vectors_PCS[np.arange(space.positions), plan_P].sum(0) + np.einsum("i,j,ijs->s", size, size, extra)
+        return effects.vectors_PCS[np.arange(space.positions), plan_P].sum(0) + np.einsum(
+            "i,j,ijs->s", size, size, extra
+        )
 
     return vector
 
@@ -237,9 +239,7 @@ def test_one_dense_pass_feeds_all_choices_of_a_layer(model, cost) -> None:
     runs = sum(map(len, effects.measured))
     work = evaluator.forwards - before
     # Half the batch; on average about half of the layers are run again, none of them before the pruned one.
-    layers_run = sum(
-        (space.choices[p][c] + 64 * (4 - p)) / 320 for p in range(1, 5) for c in effects.measured[p]
-    )
+    layers_run = sum((space.choices[p][c] + 64 * (4 - p)) / 320 for p in range(1, 5) for c in effects.measured[p])
     assert work == pytest.approx(0.5 * (layers_run + 0.8), rel=1e-6)
     assert work < 0.5 * 0.6 * runs
 

@@ -7,7 +7,7 @@ import torch
 
 from shiva_search.models.model import Batch
 from shiva_search.records.plan import Plan
-from shiva_search.selection.batches import draw_batch, draw_row, planned_groups, stratified_groups
+from shiva_search.selection.batches import LEVELS, draw_batch, draw_row, planned_groups, stratified_groups
 
 
 def generator(seed=0):
@@ -32,7 +32,7 @@ def test_groups_cover_the_range_one_part_each(smaller):
     assert len(shares) > 20
     for index, keep in shares:
         low = 0.2 + 0.2 * index
-        assert low - 1 / smaller.tokens <= keep <= low + 0.2 + 1e-6
+        assert low - 1 / LEVELS - 1 / smaller.tokens < keep < low + 0.2 + 1 / LEVELS
 
 
 def test_rows_look_like_plans():
@@ -42,7 +42,7 @@ def test_rows_look_like_plans():
     entries = [k for row in rows for k in row[1:]]
     assert 60 < even < 140
     assert 0.03 < entries.count(0) / len(entries) < 0.1 and 0.03 < entries.count(100) / len(entries) < 0.12
-    assert all(10 <= k <= 90 for k in entries if k not in (0, 100))
+    assert {k for k in entries if k not in (0, 100)} == set(range(10, 91, 100 // LEVELS))
     assert abs(sum(entries) / len(entries) - 50) < 4
 
 
