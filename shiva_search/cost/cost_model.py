@@ -201,7 +201,7 @@ def _assembled(known: CostModel, evidence: Evidence) -> CostModel:
         interval=_conformal(errors),
         missing=known.missing,
         evidence=evidence,
-        held_out=_summary(errors),
+        held_out=_summary(errors, evidence),
         corrections={
             "scale": fit.scale,
             "overhead_ms": fit.overhead_ms,
@@ -241,7 +241,7 @@ def _conformal(errors: np.ndarray) -> float:
     return float(np.expm1(distance))
 
 
-def _summary(errors: np.ndarray) -> dict[str, Any]:
+def _summary(errors: np.ndarray, evidence: Evidence) -> dict[str, Any]:
     if not len(errors):
         reason = f"fewer than {_FEWEST_PLANS} plans were measured from end to end, so the interval is a guess"
         return {"reason": reason}
@@ -250,6 +250,10 @@ def _summary(errors: np.ndarray) -> dict[str, Any]:
         "median_error": float(np.median(np.abs(errors))),
         "p95_error": float(np.quantile(np.abs(errors), 0.95)),
         "bias": float(np.mean(errors)),
+        # Predicted and measured share of the dense latency, plan by plan.
+        "ratios": [
+            [plan.ratio * (1 + float(error)), plan.ratio] for plan, error in zip(evidence.plans, errors, strict=True)
+        ],
     }
 
 

@@ -144,17 +144,20 @@ class Bench:
                 self.sampler.add(self._cells(part, k, selection=False))
 
     def other_costs(self, seconds: float) -> None:
-        """Peak memory of every cell; energy of a few per signature where there is a sensor."""
-        cells = [self.sampler.cells[key] for key, cell in self.blocks.items() if not cell.selection]
-        wanted = {key for part in self.parts.values() for key in self._energy_keys(part.signature)} | {"rest"}
-        share_s = seconds / (len(wanted) + 1)
-        for cell in [*cells, self.sampler.cells["rest"]]:
-            if cell.name in wanted and self.has_energy:
-                self.others[cell.name] = other_costs(self.device, cell, share_s)
-            else:
-                self.others[cell.name] = {"peak_memory_mib": self.device.peak_memory_mib(cell.run)}
+        """Energy of a few counts per signature where there is a sensor, and peak memory of as many as time allows.
+
+        Peak memory takes a profiler on some devices, and grows in straight lines: a few counts would do.
+        """
+        until = self.clock() + seconds
+        wanted = [key for part in self.parts.values() for key in self._spread_keys(part.signature)] + ["rest"]
+        share_s = seconds / (len(wanted) + 2)
         if FORWARDS in self.sampler.groups:
             self.others["dense"] = other_costs(self.device, self.sampler.groups[FORWARDS].reference, share_s)
+        for key in wanted:
+            self.others[key] = other_costs(self.device, self.sampler.cells[key], share_s)
+        for key, cell in self.blocks.items():
+            if not cell.selection and key not in self.others and self.clock() < until:
+                self.others[key] = {"peak_memory_mib": self.device.peak_memory_mib(self.sampler.cells[key].run)}
 
     def assemble(self, header: Profile, flops: ModelFlops, estimates: Mapping[str, Estimate]) -> Profile:
         """A profile of what is known by now."""
@@ -274,10 +277,12 @@ class Bench:
         # Skipped blocks never touch their weights, so those may exist as shapes only.
         return Cell("rest", lambda: model.module(**inputs), BLOCKS, prepare=prepare, target=0.03)
 
-    def _energy_keys(self, signature: str) -> list[str]:
-        keys = [key for key in self._keys(signature) if self.blocks[key].tokens_kept >= self.tokens // 10]
+    def _spread_keys(self, signature: str) -> list[str]:
+        """Cells of a few counts from a tenth of the tokens to all of them."""
+        keys = sorted(self._keys(signature), key=lambda key: self.blocks[key].tokens_kept)
+        keys = [key for key in keys if self.blocks[key].tokens_kept >= self.tokens // 10]
         last = len(keys) - 1
-        return [keys[round(i * last / (_ENERGY_POINTS - 1))] for i in range(_ENERGY_POINTS)] if keys else []
+        return list(dict.fromkeys(keys[round(i * last / (_ENERGY_POINTS - 1))] for i in range(_ENERGY_POINTS)))
 
     def _forwards(self, estimates: Mapping[str, Estimate]) -> tuple[Forward, ...]:
         level_ms = self.sampler.reference_ms(FORWARDS) if FORWARDS in self.sampler.groups else None
@@ -317,7 +322,9 @@ class Bench:
             missing[name] = (
                 reason or f"measured at {_ENERGY_POINTS} counts per signature; power is interpolated between"
             )
-        if not any(costs.get("peak_memory_mib") is not None for costs in self.others.values()):
+        if any(costs.get("peak_memory_mib") is not None for costs in self.others.values()):
+            missing["peak_memory_mib"] = "measured at as many counts as time allowed; interpolated between"
+        else:
             missing["peak_memory_mib"] = f"{self.device.name} does not report an allocator's peak"
         if is_meta(self.model):
             missing["forwards"] = "the model was profiled one block at a time and never whole in memory"

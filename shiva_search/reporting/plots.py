@@ -103,6 +103,8 @@ def pareto_figure(trials: Sequence[Row], pareto: Sequence[Row], plan: Plan | Non
     budget = summary.get("budget") or {}
     limits = {field: budget.get(metric) for metric, field in [*COST_FIELD.items(), ("mean_keep", "mean_keep")]}
     fields = [field for field, limit in limits.items() if limit is not None] or ["latency_ms"]
+    dense_ms = part_of(summary, "dense").get("latency_ms")
+    trials, pareto = _at_one_speed(trials, dense_ms), _at_one_speed(pareto, dense_ms)
     rows = [*trials, *pareto, *([plan_row(plan)] if plan else [])]
     fields = [field for field in fields if any(_xy([row], _predicted(field)).size for row in rows)]
     if not fields:
@@ -115,6 +117,17 @@ def pareto_figure(trials: Sequence[Row], pareto: Sequence[Row], plan: Plan | Non
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         return figure
+
+
+def _at_one_speed(rows: Sequence[Row], dense_ms: float | None) -> list[Row]:
+    """Rows with latencies as shares of dense times one dense latency: a machine's speed drifts between measurements."""
+    if not dense_ms:
+        return list(rows)
+    scaled = []
+    for row in rows:
+        known = {part: row.get(f"{part}_ratio") for part in ("predicted", "measured")}
+        scaled.append(row | {f"{part}_latency_ms": share * dense_ms for part, share in known.items() if share})
+    return scaled
 
 
 def _predicted(field: str) -> str:

@@ -66,9 +66,9 @@ class Space:
         layers: number of layers L.
         weights: share of time of each segment, adding up to 1.
         choices: tokens kept that layer l may have, ascending; the first layer has N alone.
-        cost: by additive metric ("latency_ms", "energy_j", "gflops", "mean_keep"), by layer: cost of each choice.
-        fixed: by additive metric: what no choice changes.
-        limits: absolute limits by budget metric; memory is already enforced by the choices that are left.
+        cost: by metric (SUMS and "memory_mib"), by layer: cost of each choice.
+        fixed: by metric: what no choice changes.
+        limits: absolute limits by budget metric.
     """
 
     tokens: int
@@ -124,7 +124,7 @@ class Space:
     def rows_of_constraints(self) -> dict[str, tuple[Floats, float]]:
         """The linear constraints: by budget metric, coefficients [P, C] and the limit on their sum.
 
-        Power is energy <= power * latency, which is linear too; memory has left the choices already.
+        Power is energy <= power * latency, which is linear too; for memory see `too_big`.
         """
         rows = {}
         for metric, limit in self.limits.items():
@@ -138,10 +138,19 @@ class Space:
                 rows[metric] = (np.where(np.isnan(table), np.inf, table), slack)
         return rows
 
+    @cached_property
+    def too_big(self) -> NDArray[np.bool_]:
+        """Choices that alone pass the memory limit [P, C]."""
+        if "memory_mib" not in self.limits:
+            return np.zeros(self.kept.shape, dtype=bool)
+        return self.fixed["memory_mib"] + self.tables["memory_mib"] > self.limits["memory_mib"] * (1 + TOLERANCE)
+
     def total(self, metric: str, plans_MP: Ints) -> Floats:
         """A metric of each plan [M]; power is derived from energy and latency."""
         if metric == "power_w":
             return self.total("energy_j", plans_MP) / (1e-3 * self.total("latency_ms", plans_MP))
+        if metric == "memory_mib":
+            return self.fixed[metric] + pick(self.tables[metric], plans_MP).max(axis=-1)
         return self.fixed[metric] + pick(self.tables[metric], plans_MP).sum(axis=-1)
 
     def excess(self, plans_MP: Ints) -> dict[str, Floats]:
@@ -149,7 +158,6 @@ class Space:
         return {
             CONSTRAINT_NAMES[metric]: self.total(metric, plans_MP) / limit - 1.0 - TOLERANCE
             for metric, limit in self.limits.items()
-            if metric != "memory_mib"
         }
 
     def feasible(self, plans_MP: Ints) -> NDArray[np.bool_]:
@@ -161,7 +169,7 @@ class Space:
 
     @cached_property
     def dense(self) -> Ints:
-        """The choice indices that keep the most tokens [P]; all tokens, unless the memory limit forbids it."""
+        """The plan that keeps all tokens [P]."""
         return self.sizes - 1
 
     def rows(self, plan_P: Sequence[int] | Ints) -> Rows:
@@ -240,36 +248,35 @@ def build_space(
         if segments < 1:
             raise InputError(f"--segments must be at least 1, got {segments}")
         segments = [(i / segments, (i + 1) / segments) for i in range(segments)]
-    limits = budget.resolve(cost.dense).limits()
-    tokens, layers = model.tokens, model.layer_count
-    floor = 0 if min_keep is None else min_keep * tokens
-    known = sorted({k for k in cost.candidates(min_keep) if floor <= k <= tokens} | {tokens})
-    choices = [(tokens,)] + [tuple(known)] * (layers - 1)
-    memory = limits.get("memory_mib")
-    if memory is not None:
-        fixed = cost.fixed("memory_mib") or 0.0
-        choices = [
-            tuple(k for k in ks if fixed + _known(cost, "memory_mib", layer, k) <= memory * (1 + TOLERANCE))
-            for layer, ks in enumerate(choices)
-        ]
-        if not all(choices):
-            _raise_memory(cost, layers, known, tokens, memory)
-    tables: dict[str, tuple[tuple[float, ...], ...]] = {}
-    for metric in ("latency_ms", "energy_j", "gflops"):
-        if cost.fixed(metric) is not None and cost.layer_cost(metric, 0, tokens) is not None:
-            tables[metric] = tuple(
-                tuple(_known(cost, metric, layer, k) for k in ks) for layer, ks in enumerate(choices)
-            )
-    tables["mean_keep"] = tuple(tuple(k / (tokens * layers) for k in ks) for ks in choices)
-    return Space(
-        tokens=tokens,
-        layers=layers,
+    floor = 0 if min_keep is None else min_keep * model.tokens
+    known = sorted({k for k in cost.candidates(min_keep) if floor <= k <= model.tokens} | {model.tokens})
+    space = Space(
+        tokens=model.tokens,
+        layers=model.layer_count,
         weights=tuple(high - low for low, high in segments),
-        choices=tuple(choices),
-        cost=tables,
-        fixed={**{metric: cost.fixed(metric) or 0.0 for metric in tables}, "mean_keep": 0.0},
-        limits=limits,
+        choices=((model.tokens,), *[tuple(known)] * (model.layer_count - 1)),
+        cost={},
+        fixed={},
     )
+    return priced(space, cost, budget.resolve(cost.dense).limits())
+
+
+def priced(space: Space, cost: PlanCost, limits: Mapping[str, float]) -> Space:
+    """The same choices with the costs of a cost model, under the given absolute limits.
+
+    Raises:
+        UnavailableError: the cost model knows a metric only of some layers.
+    """
+    tables = {"mean_keep": tuple(tuple(k / (space.tokens * space.layers) for k in ks) for ks in space.choices)}
+    fixed = {"mean_keep": 0.0}
+    for metric in ("latency_ms", "energy_j", "gflops", "memory_mib"):
+        rest = cost.fixed(metric)
+        if rest is not None and cost.layer_cost(metric, 0, space.tokens) is not None:
+            fixed[metric] = rest
+            tables[metric] = tuple(
+                tuple(_known(cost, metric, layer, k) for k in ks) for layer, ks in enumerate(space.choices)
+            )
+    return replace(space, cost=tables, fixed=fixed, limits=dict(limits))
 
 
 def _known(cost: PlanCost, metric: str, layer: int, k: int) -> float:
@@ -279,12 +286,3 @@ def _known(cost: PlanCost, metric: str, layer: int, k: int) -> float:
             f"the profile knows no {metric} of layer {layer} at {k} tokens; run `shiva-search profile` again"
         )
     return value
-
-
-def _raise_memory(cost: PlanCost, layers: int, known: Sequence[int], tokens: int, memory_mib: float) -> None:
-    from shiva_search.search.knapsack import infeasible
-
-    fixed = cost.fixed("memory_mib") or 0.0
-    first = _known(cost, "memory_mib", 0, tokens)
-    rest = [min(_known(cost, "memory_mib", layer, k) for k in known) for layer in range(1, layers)]
-    raise infeasible("memory_mib", memory_mib, fixed + max([first, *rest]), "the first layer keeps all tokens")

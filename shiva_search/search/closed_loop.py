@@ -175,12 +175,10 @@ def _rescaled(
     """Factors on the limits, so that what this plan is now predicted to use of them is what it was measured to use."""
     scale = dict(before)
     for metric, measured_use in used.items():
-        if metric not in space.limits or metric in ("memory_mib", "mean_keep"):
+        if metric not in space.limits or metric == "mean_keep":  # what is counted is not off
             continue
         predicted_use = float(space.total(metric, plan_P[None])[0]) / space.limits[metric]
         scale[metric] = predicted_use / max(measured_use, 1e-9) * (1 - _MARGIN - _TIGHTER * failures)
-    if used.get("memory_mib", 0.0) > 1.0:
-        scale["memory_mib"] = before.get("memory_mib", 1.0) / used["memory_mib"] * (1 - _MARGIN)
     return scale
 
 

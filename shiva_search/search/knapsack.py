@@ -99,6 +99,8 @@ def cheapest(space: Space, metric: str) -> Ints | None:
     others = space.with_limits(**{name: limit for name, limit in space.limits.items() if name != metric})
     if metric == "power_w":
         return _least_power(others)
+    if metric == "memory_mib":
+        return _least_memory(others)
     found = _solve(others, space.tables[metric], 60.0)
     return None if found is None else found.plan_P
 
@@ -112,15 +114,13 @@ def floor(space: Space, metric: str) -> float | None:
 def explain(space: Space) -> InfeasibleBudgetError:
     """Why no plan fits: the limit that cannot be held alone, else the one that the others push out of reach."""
     for metric in space.limits:
-        if metric == "memory_mib":
-            continue
         alone = space.with_limits(**{metric: space.limits[metric]})
         plan_P = cheapest(alone, metric)
         assert plan_P is not None  # nothing else is limited
         if alone.excess(plan_P[None]).popitem()[1][0] > 0:
             value = float(alone.total(metric, plan_P[None])[0])
             return infeasible(metric, space.limits[metric], value, describe(space, plan_P))
-    for metric in [m for m in space.limits if m != "memory_mib"]:
+    for metric in space.limits:
         plan_P = cheapest(space, metric)
         if plan_P is not None:
             others = ", ".join(_SAID[name][0] for name in space.limits if name != metric)
@@ -170,14 +170,16 @@ def _solve(space: Space, errors_PC: Floats, time_limit_s: float) -> Solution | N
 
 
 def _solve_once(space: Space, errors_PC: Floats, time_limit_s: float, margin: float) -> Solution | None:
-    # One binary variable per cell; cells whose cost is unknown or that would break a limit alone never enter.
-    used = np.arange(errors_PC.shape[1]) < space.sizes[:, None]
+    # One binary variable per cell; cells that pass the memory limit by themselves never enter.
+    used = (np.arange(errors_PC.shape[1]) < space.sizes[:, None]) & ~space.too_big
+    if not used.any(axis=1).all():
+        return None
     rows = space.rows_of_constraints
     position, choice = np.nonzero(used)
     count = len(position)
     objective = errors_PC[position, choice].astype(float)
     # Only differences within a position matter; in units of the largest one HiGHS's absolute gap of 1e-6 is harmless.
-    least_P = np.array([errors_PC[p, : space.sizes[p]].min() for p in range(space.positions)])
+    least_P = np.where(used, errors_PC, np.inf).min(axis=1)
     relative = objective - least_P[position]
     span = float(relative.max()) or 1.0
     one_each = coo_array((np.ones(count), (position, np.arange(count))), shape=(space.positions, count))
@@ -186,7 +188,7 @@ def _solve_once(space: Space, errors_PC: Floats, time_limit_s: float, margin: fl
     for coefficients_PC, limit in rows.values():
         line = coefficients_PC[position, choice]
         # The least choice of each position is taken off, so that the row is about what is really to be decided.
-        base_P = np.array([coefficients_PC[p, : space.sizes[p]].min() for p in range(space.positions)])
+        base_P = np.where(used, coefficients_PC, np.inf).min(axis=1)
         line, room = line - base_P[position], limit - base_P.sum()
         scale = _SCALE / max(float(line.max()), 1e-300)
         allowance = 1e-9 * abs(limit) - margin * abs(limit)
@@ -233,4 +235,19 @@ def _least_power(space: Space) -> Ints | None:
         if best is not None and reached >= power_w * (1 - 1e-12):
             return best
         power_w, best = reached, found.plan_P
+    return best
+
+
+def _least_memory(space: Space) -> Ints | None:
+    """Least peak: the smallest of the peaks that occur at which a plan still fits, by bisection."""
+    table = space.tables["memory_mib"]
+    peaks = np.unique(table[np.isfinite(table)]) + space.fixed["memory_mib"]
+    low, high, best = 0, len(peaks) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        found = _solve(space.with_limits(**space.limits, memory_mib=float(peaks[middle])), np.zeros_like(table), 60.0)
+        if found is None:
+            low = middle + 1
+        else:
+            high, best = middle - 1, found.plan_P
     return best

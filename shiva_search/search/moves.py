@@ -29,17 +29,11 @@ def neighbours(space: Space, plan_P: Ints) -> Ints:
 def burden(space: Space, plans_MP: Ints) -> Floats:
     """By how much plans pass their limits, added up over the constraints [M]; 0 where all hold."""
     total = np.zeros(len(plans_MP))
-    for value in space.excess(plans_MP).values():
-        total += np.maximum(value, 0.0)
-    return total
-
-
-def weight_of(space: Space, plans_MP: Ints) -> Floats:
-    """Cost of plans in shares of the limits, the tightest one first [M]; latency where nothing is limited."""
-    values = list(space.excess(plans_MP).values())
-    if not values:
-        return space.total("latency_ms" if "latency_ms" in space.tables else "mean_keep", plans_MP)
-    return np.max(values, axis=0)
+    for name, value in space.excess(plans_MP).items():
+        if name != "memory":
+            total += np.maximum(value, 0.0)
+    # The peak alone would not show that one of two positions above the limit has been dealt with.
+    return total + pick(space.too_big.astype(float), plans_MP).sum(1)
 
 
 def repair(space: Space, plan_P: Ints, predict: Predict) -> Ints | None:
@@ -116,4 +110,4 @@ def trades(space: Space, plan_P: Ints, change_MS: Floats, options_MP: Ints, base
     first, second = np.unravel_index(order, pair_MM.shape)
     plans = options_MP[first].copy()
     plans[np.arange(count), position_M[second]] = options_MP[second, position_M[second]]
-    return plans
+    return plans[space.feasible(plans)]

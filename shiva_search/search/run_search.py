@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from shiva_search.records.budget import Budget
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan, Planned
 from shiva_search.runtime.scorers import TokenScorer
-from shiva_search.search.candidates import Ints, PlanCost, Space, build_space
+from shiva_search.search.candidates import Ints, PlanCost, Space, build_space, priced
 from shiva_search.search.closed_loop import Closed, close_loop, holds
 from shiva_search.search.fidelity import FidelityEvaluator
 from shiva_search.search.knapsack import explain, floor, solve, solve_front
@@ -180,7 +180,7 @@ def search(
     else:
         closed = close_loop(
             pool, cost, budget, measure, plan_of=plan_of, progress=progress,
-            space_of=lambda corrected, scale: _space_of(model, corrected, budget, space, scale),
+            space_of=lambda corrected, scale: _scaled(space, corrected, budget, scale),
         )  # fmt: skip
         cost, plan_P, error = closed.cost, closed.plan_P, closed.error
     plan = plan_of(plan_P).with_(
@@ -343,8 +343,7 @@ def _dense_if_it_fits(
     measure: Callable[[Plan], Measurement] | None,
     say: Progress,
 ) -> SearchResult | None:
-    whole = all(choices[-1] == space.tokens for choices in space.choices)
-    if not whole or not space.feasible(space.dense[None])[0]:
+    if not space.feasible(space.dense[None])[0]:
         return None
     plan = Plan.from_rows(model, space.rows(space.dense), workload=model.workload.as_dict())
     measurement = None
@@ -393,29 +392,10 @@ def evaluator_for(
     )
 
 
-def _space_of(model: Model, cost: PlanCost, budget: Budget, space: Space, scale: Mapping[str, float]) -> Space:
+def _scaled(space: Space, cost: PlanCost, budget: Budget, scale: Mapping[str, float]) -> Space:
     """The same choices at corrected costs and scaled limits."""
-    fresh = build_space(
-        model, cost, Budget(**dict[str, Any](budget.resolve(cost.dense).limits())), segments=space.segments
-    )
-    return _with_choices(fresh, space, scale, cost)
-
-
-def _with_choices(fresh: Space, space: Space, scale: Mapping[str, float], cost: PlanCost) -> Space:
-    tables = {
-        metric: tuple(
-            tuple(
-                k / (space.tokens * space.layers)
-                if metric == "mean_keep"
-                else float(cost.layer_cost(metric, i, k) or 0.0)
-                for k in ks
-            )
-            for i, ks in enumerate(space.choices)
-        )
-        for metric in fresh.cost
-    }
-    limits = {metric: limit * scale.get(metric, 1.0) for metric, limit in fresh.limits.items()}
-    return replace(space, cost=tables, fixed=fresh.fixed, limits=limits)
+    limits = budget.resolve(cost.dense).limits()
+    return priced(space, cost, {metric: limit * scale.get(metric, 1.0) for metric, limit in limits.items()})
 
 
 def enqueue_start(plans: PlanStudy, exact_P: Ints, trials: int) -> None:

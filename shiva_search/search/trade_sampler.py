@@ -27,6 +27,8 @@ from shiva_search.search.surrogate import Surrogate
 _ROUNDS, _PAIRS = 6, 48
 #: Standard deviations that the most curious proposal gives the unknown.
 _CURIOSITY = 2.0
+#: Judged plans without an improvement after which it is sought all over the space.
+_PATIENCE = 20
 
 
 def parameter_name(space: Space, position: int) -> str:
@@ -126,12 +128,13 @@ class TradeSampler(BaseSampler):
             holds = np.flatnonzero(space.feasible(plans_nP))
             ranked = holds[np.argsort(errors_n[holds], kind="stable")]
             starts = [plans_nP[i] for i in ranked[: self.starts]]
+            since = len(judged) - 1 - int(ranked[0]) if len(ranked) else 0
         else:
-            starts = []
+            starts, since = [], 0
         if not starts:
             starts = [solve(space, self.effects.errors_PC).plan_P]
         if rng.random() >= self.explore:
-            found = self._predicted(starts, tried, rng)
+            found = self._predicted(starts, tried, rng, min(1.0, since / _PATIENCE))
             if found is not None:
                 return found
         found = self._random(starts, tried, rng)
@@ -144,14 +147,15 @@ class TradeSampler(BaseSampler):
         """Best untried plan by an optimistic prediction, after rounds of exhaustive pair trades from each start."""
         space, surrogate = self.space, self.surrogate
         # How much the unknown may promise varies from proposal to proposal: from trusting to curious.
-        curiosity = rng.uniform(0.0, _CURIOSITY)
+        curiosity = rng.uniform(0.0, _CURIOSITY) * stuck
+        others = [starts[int(rng.integers(len(starts)))], *self._anywhere(rng)] if rng.random() < stuck else []
 
         def promise(plans_MP: Ints) -> Floats:
             errors, spread = surrogate.predict(plans_MP)
             return errors - curiosity * spread
 
         pool: list[tuple[Ints, Floats]] = []
-        for plan_P in [starts[0], starts[int(rng.integers(len(starts)))], *self._anywhere(rng)]:
+        for plan_P in [starts[0], *others]:
             for _ in range(_ROUNDS):
                 around = np.concatenate([plan_P[None], neighbours(space, plan_P)])
                 change_MS, left_M = surrogate.change(around)

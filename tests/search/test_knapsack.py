@@ -25,16 +25,16 @@ def instances(draw: st.DrawFn) -> tuple[Space, np.ndarray]:
     choices = ((64,), *[ks] * (layers - 1))
     cost = {
         metric: tuple(tuple(map(float, np.round(rng.uniform(0.1, 5.0, len(c)), 3))) for c in choices)
-        for metric in ("latency_ms", "energy_j", "gflops")
+        for metric in ("latency_ms", "energy_j", "gflops", "memory_mib")
     }
     cost["mean_keep"] = tuple(tuple(k / (64 * layers) for k in c) for c in choices)
-    fixed = {"latency_ms": 0.5, "energy_j": 0.25, "gflops": 0.0, "mean_keep": 0.0}
+    fixed = {"latency_ms": 0.5, "energy_j": 0.25, "gflops": 0.0, "mean_keep": 0.0, "memory_mib": 1.0}
     weights = (1.0,) if segments == 1 else (0.25, 0.75)
     space = Space(64, layers, weights, choices, cost, fixed)
     every = all_plans(space)
     limits = {}
     for metric in draw(
-        st.sets(st.sampled_from(["latency_ms", "energy_j", "power_w", "gflops", "mean_keep"]), max_size=3)
+        st.sets(st.sampled_from(["latency_ms", "energy_j", "power_w", "gflops", "mean_keep", "memory_mib"]), max_size=3)
     ):
         values = space.total(metric, every)
         share = draw(st.floats(-0.1, 1.1))
@@ -65,7 +65,7 @@ def test_equals_brute_force(instance: tuple[Space, np.ndarray]) -> None:
     assert solution.gap == 0.0
 
 
-@given(instances(), st.sampled_from(["latency_ms", "energy_j", "power_w", "mean_keep"]))
+@given(instances(), st.sampled_from(["latency_ms", "energy_j", "power_w", "mean_keep", "memory_mib"]))
 @settings(max_examples=30)
 def test_floor_is_the_least_value_and_is_feasible(instance: tuple[Space, np.ndarray], metric: str) -> None:
     space, _ = instance
@@ -167,20 +167,24 @@ def test_budgets_that_exclude_each_other_are_named_together() -> None:
 # ---- the space -------------------------------------------------------------------------------------------------------
 
 
-def test_memory_drops_the_choices_above_the_limit(model, cost) -> None:
-    # 10 MiB + 0.5 per token: 64 tokens need 42, which the first layer must have.
-    space = build_space(model, cost, Budget(memory_mib=42.0, latency_ms=8.0))
-    assert space.choices[1] == cost.grid
-
+def test_memory_is_a_limit_on_the_largest_layer(model, cost) -> None:
     class Heavier(type(cost)):
         def layer_cost(self, metric, layer, k):
             known = super().layer_cost(metric, layer, k)
             return known + 10.0 if metric == "memory_mib" and layer > 1 else known
 
-    heavier = Heavier(64, 5)
-    space = build_space(model, heavier, Budget(memory_mib=42.0, latency_ms=8.0))
-    assert space.choices[1] == cost.grid
-    assert space.choices[2] == (0, 8, 16, 24, 32, 40)
+    # 10 MiB + 0.5 per token: 64 tokens need 42, which the first layer must have; later layers need 10 more.
+    space = build_space(model, Heavier(64, 5), Budget(memory_mib=42.0, latency_ms=11.0))
+    assert space.rows(solve(space, -space.kept.astype(float)).plan_P) == ((64, 64, 40, 40, 40),)
+    assert [space.feasible(space.indices([row])[None])[0] for row in [(64, 64, 40, 0, 0), (64, 0, 48, 0, 0)]] == [
+        True,
+        False,
+    ]
+    assert float(space.total("memory_mib", space.indices([(64, 0, 48, 0, 0)])[None])[0]) == 44.0
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"memory budget 41.00 MiB is below this model's floor of 42.00 MiB"
+    ):
+        solve(space.with_limits(memory_mib=41.0), -space.kept.astype(float))
 
 
 def test_min_keep_rules_out_skipping(model, cost) -> None:
