@@ -143,8 +143,17 @@ class TradeSampler(BaseSampler):
             return starts[0]
         return found
 
-    def _predicted(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
-        """Best untried plan by an optimistic prediction, after rounds of exhaustive pair trades from each start."""
+    def _predicted(
+        self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator, stuck: float
+    ) -> Ints | None:
+        """Best untried plan by an optimistic prediction, after rounds of exhaustive pair trades from each start.
+
+        Args:
+            starts: best plans first.
+            tried: not to be proposed.
+            rng: varies the optimism.
+            stuck: 0 just after an improvement, 1 when there was none for long: how far to look around.
+        """
         space, surrogate = self.space, self.surrogate
         # How much the unknown may promise varies from proposal to proposal: from trusting to curious.
         curiosity = rng.uniform(0.0, _CURIOSITY) * stuck
