@@ -20,8 +20,10 @@ from shiva_search.models.model import Layer, Model
 from shiva_search.profiling.conditions import Part, is_meta, parts_of, without_blocks
 from shiva_search.profiling.end_to_end import dense_cell, energy_reason, other_costs, plan_cell, random_rows
 from shiva_search.profiling.flops import ModelFlops
-from shiva_search.profiling.sampler import Cell, Estimate, Group, SampleLog, Sampler
+from shiva_search.profiling.sample_log import SampleLog
+from shiva_search.profiling.sampler import Cell, Group, Sampler
 from shiva_search.profiling.staircase import Point, alignment_of, edges, next_counts, token_grid
+from shiva_search.profiling.statistics import Estimate
 from shiva_search.records.plan import Plan
 from shiva_search.records.profile import Forward, Profile, Row, Sample
 from shiva_search.runtime.apply import AppliedPlan

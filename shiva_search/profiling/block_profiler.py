@@ -21,7 +21,8 @@ from shiva_search.profiling.bench import Bench
 from shiva_search.profiling.conditions import check_place, deployed, is_meta, record_inputs
 from shiva_search.profiling.end_to_end import Progress, summary_of
 from shiva_search.profiling.flops import ModelFlops
-from shiva_search.profiling.sampler import SampleLog, Sampler
+from shiva_search.profiling.sample_log import SampleLog
+from shiva_search.profiling.sampler import Sampler
 from shiva_search.records.profile import Profile, load_profile
 from shiva_search.runtime.apply import remove_plan
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name

@@ -18,7 +18,7 @@ from shiva_search.devices.base import Device
 from shiva_search.models.model import Model
 from shiva_search.profiling.bench import BLOCKS, FORWARDS, Bench
 from shiva_search.profiling.conditions import check_place, deployed
-from shiva_search.profiling.sampler import Estimate
+from shiva_search.profiling.statistics import Estimate
 from shiva_search.records.profile import Profile, Row
 from shiva_search.runtime.apply import remove_plan
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name

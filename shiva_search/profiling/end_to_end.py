@@ -16,7 +16,8 @@ from shiva_search.models.blocks import Kwargs
 from shiva_search.models.model import Model
 from shiva_search.profiling.conditions import check_place, deployed, is_meta, record_inputs
 from shiva_search.profiling.flops import ModelFlops
-from shiva_search.profiling.sampler import Cell, Estimate, Group, Sampler
+from shiva_search.profiling.sampler import Cell, Group, Sampler
+from shiva_search.profiling.statistics import Estimate
 from shiva_search.records.cost_table import load_cost_table
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan

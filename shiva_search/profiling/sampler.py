@@ -1,37 +1,25 @@
-"""When to measure what, and what the samples say. In: cells (something to run) and a device. Out: estimates of ratios.
+"""When to measure what. In: cells (something to run) and a device. Out: estimates of their ratios to references.
 
 The machine's speed moves all the time, so no cell is measured to completion before the next. Time is cut into rounds;
 a round takes a few cells of each group, in shuffled order, with a reference run right before and right after each.
-What is kept of a sample is the log of its ratio to these two references; what is reported of a cell is the trimmed mean
-of its log ratios. Of the estimators tried on a noisy machine this one repeats best: drift that is slow against a
-sample cancels, and the references tell which samples a disturbance fell into.
+Samples whose references disagree are taken again first, and the time that is left goes where intervals are widest.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from shiva_search.errors import InputError
-from shiva_search.records.files import write_text
-from shiva_search.records.profile import Sample, read_samples, to_csv
+from shiva_search.profiling.sample_log import Round, SampleLog
+from shiva_search.profiling.statistics import Estimate, disturbance_limit, estimate, is_disturbed, median_interval
+from shiva_search.records.profile import Sample
 
-TRIM = 0.2  # share of samples dropped at each end before the mean
-CONFIDENCE = 0.95
-WIDE = 0.05  # half-width of an interval, relative, from which a row is flagged
-_RESAMPLES = 400
-_DISTURBED_SIGMAS = 3.5
-_DISTURBED_FLOOR = 0.02  # references closer than this never count as disturbed
-_MIN_CLEAN = 4
 _LONG = 20  # a cell this many times longer than a sample must be is not repeated, so there is nothing to find out
 
 
@@ -79,178 +67,9 @@ class Group:
     share: float = 1.0
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What the samples of a cell say.
-
-    Attributes:
-        ratio: cell over reference; low and high bound a 95 % bootstrap interval.
-        samples: clean samples it rests on.
-        disturbed: share of samples whose references disagree, left out.
-        flags: "wide" (interval), "disturbed" (over a third of the samples left out), "throttled" or "no clean sample"
-            (nothing was left, so all were taken).
-    """
-
-    ratio: float
-    low: float
-    high: float
-    samples: int
-    disturbed: float = 0.0
-    flags: tuple[str, ...] = ()
-
-    @property
-    def half_width(self) -> float:
-        """Relative half-width of the interval."""
-        return (self.high - self.low) / (2 * self.ratio)
-
-
-@dataclass(frozen=True)
-class Round:
-    """A stretch of the run and the conditions it was taken in.
-
-    Attributes:
-        index: number of the round.
-        started_s: seconds since the run began, pauses left out.
-        seconds: how long it took.
-        conditions: of the device; names that end in `_total` are counted over the round.
-    """
-
-    index: int
-    started_s: float
-    seconds: float
-    conditions: Mapping[str, Any] = field(default_factory=dict)
-
-
-def disturbance_limit(samples: Sequence[Sample]) -> float:
-    """How far apart the two references of a sample may lie, as a log ratio: what is usual here, and some."""
-    gaps = np.abs([math.log(sample.after_ms / sample.before_ms) for sample in samples])
-    if not len(gaps):
-        return _DISTURBED_FLOOR
-    # The median absolute gap, as a standard deviation: half of all gaps may be foul before it gives way.
-    return max(_DISTURBED_FLOOR, _DISTURBED_SIGMAS * 1.4826 * float(np.median(gaps)))
-
-
-def is_disturbed(sample: Sample, limit: float) -> bool:
-    """Whether something happened around a sample that its references noticed, or the device throttled."""
-    return sample.throttled or abs(math.log(sample.after_ms / sample.before_ms)) > limit
-
-
-def log_ratio(sample: Sample) -> float:
-    """Log of the sample over the geometric mean of the references around it."""
-    return math.log(sample.ms) - (math.log(sample.before_ms) + math.log(sample.after_ms)) / 2
-
-
-def estimate(samples: Sequence[Sample], limit: float, seed: int = 0, quick: bool = False) -> Estimate:
-    """Trimmed mean of log ratios, with a bootstrap interval.
-
-    Args:
-        samples: of one cell, at least one.
-        limit: from disturbance_limit, over all samples of the cell's group.
-        seed: of the bootstrap.
-        quick: take the interval from the winsorised variance instead, for deciding what to measure next.
-    """
-    clean = [sample for sample in samples if not is_disturbed(sample, limit)]
-    disturbed = 1 - len(clean) / len(samples)
-    flags = []
-    if len(clean) < min(_MIN_CLEAN, len(samples)):
-        # Better a flagged figure than none; the interval is wide of itself.
-        clean = list(samples)
-        is_throttled = any(sample.throttled for sample in samples)
-        flags.append("throttled" if is_throttled else "no clean sample")
-    elif len(clean) < 2 / 3 * sum(not sample.throttled for sample in samples):
-        flags.append("disturbed")
-    logs = np.array([log_ratio(sample) for sample in clean])
-    centre, low, high = (winsorised_interval if quick else trimmed_interval)(logs, seed)
-    if high - low > 2 * WIDE:
-        flags.append("wide")
-    return Estimate(math.exp(centre), math.exp(low), math.exp(high), len(clean), disturbed, tuple(flags))
-
-
-def winsorised_interval(logs: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Trimmed mean, and about the bounds that trimmed_interval gives (Tukey and McLaughlin 1963), without drawing."""
-    count = len(logs)
-    if count < 2:
-        return trimmed_interval(logs)
-    cut = int(TRIM * count)
-    ordered = np.sort(logs)
-    winsorised = np.clip(ordered, ordered[cut], ordered[count - 1 - cut])
-    centre = float(_trimmed_mean(ordered[None])[0])
-    error = float(winsorised.std(ddof=1)) / ((1 - 2 * cut / count) * math.sqrt(count))
-    return centre, centre - 1.96 * error, centre + 1.96 * error
-
-
-def trimmed_interval(logs: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Trimmed mean, and the bounds of its 95 % bootstrap interval; a single value is taken as good to 20 %."""
-    count = len(logs)
-    if count < 2:
-        return float(logs[0]), float(logs[0]) - 0.2, float(logs[0]) + 0.2
-    drawn = np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count))
-    means = _trimmed_mean(np.sort(logs[drawn], axis=1))
-    centre = float(_trimmed_mean(np.sort(logs)[None])[0])
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    # The bootstrap knows only the values it was given: of few, it makes an interval too narrow by sqrt((n-1)/n).
-    widen = math.sqrt(count / (count - 1))
-    return centre, centre - (centre - float(low)) * widen, centre + (float(high) - centre) * widen
-
-
-def _trimmed_mean(sorted_logs: np.ndarray) -> np.ndarray:
-    cut = int(TRIM * sorted_logs.shape[1])
-    mean: np.ndarray = sorted_logs[:, cut : sorted_logs.shape[1] - cut].mean(axis=1)
-    return mean
-
-
 def throttled(conditions: Mapping[str, Any]) -> bool:
     """Whether a device's conditions speak of throttling."""
     return bool(conditions.get("throttled"))
-
-
-class SampleLog:
-    """Raw samples and rounds on disk, appended a round at a time, so that a kill loses at most the round under way."""
-
-    def __init__(self, folder: Path) -> None:
-        self.samples_path = folder / "samples.csv"
-        self.rounds_path = folder / "rounds.jsonl"
-
-    def read(self) -> tuple[list[Sample], list[Round]]:
-        """What is there; lines cut short are dropped, from the files as well."""
-        samples = read_samples(self.samples_path)
-        text = self.rounds_path.read_text(encoding="utf-8") if self.rounds_path.exists() else ""
-        rounds = [Round(**json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
-        # A round counts once both files hold it.
-        known = {item.index for item in rounds}
-        samples = [sample for sample in samples if sample.round in known]
-        self.restart(samples, rounds)
-        return samples, rounds
-
-    def restart(self, samples: Iterable[Sample] = (), rounds: Iterable[Round] = ()) -> None:
-        """Replace both files."""
-        write_text(self.samples_path, to_csv(Sample, samples))
-        write_text(self.rounds_path, "".join(_line(item) for item in rounds))
-
-    def append(self, samples: Sequence[Sample], finished: Round) -> None:
-        """Add a round: its samples first, then the line that makes them count.
-
-        Raises:
-            InputError: the disk is full or the folder is gone.
-        """
-        try:
-            for path, text in (
-                (self.samples_path, to_csv(Sample, samples, header=False)),
-                (self.rounds_path, _line(finished)),
-            ):
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self.samples_path}: {error.strerror or error}; "
-                "choose another folder with --out, or free space"
-            ) from error
-
-
-def _line(finished: Round) -> str:
-    return json.dumps(finished.__dict__, default=str) + "\n"
 
 
 class Sampler:
@@ -382,16 +201,7 @@ class Sampler:
         rounds: dict[int, list[float]] = {}
         for sample in self._of_group(group):
             rounds.setdefault(sample.round, []).extend((sample.before_ms, sample.after_ms))
-        if not rounds:
-            return None
-        levels = [np.array(values) for values in rounds.values()]
-        rng = np.random.default_rng(self._seed)
-        medians = [
-            float(np.median(np.concatenate([levels[i] for i in rng.integers(len(levels), size=len(levels))])))
-            for _ in range(_RESAMPLES)
-        ]
-        low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return float(low), float(high)
+        return median_interval(list(rounds.values()), self._seed) if rounds else None
 
     def _of_group(self, group: str) -> list[Sample]:
         return [

@@ -185,6 +185,8 @@ class Plan:
                 if not isinstance(known.get(name, {}), Mapping):
                     raise TypeError(f"{name} is not an object")
             return cls(**known)
+        except InputError as error:
+            raise InputError(f"{source} is not a plan this release can use: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{source} is not a plan: {error!r}; make it with `shiva-search optimize`") from None
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from simulation import VirtualMachine
 
-from shiva_search.profiling.sampler import Cell, Group, SampleLog, Sampler, disturbance_limit, estimate
+from shiva_search.profiling.sample_log import SampleLog
+from shiva_search.profiling.sampler import Cell, Group, Sampler
+from shiva_search.profiling.statistics import disturbance_limit, estimate
 from shiva_search.records.profile import Sample, read_samples
 
 TRUE_MS = {f"cell {i}": ms for i, ms in enumerate(np.geomspace(0.4, 12.0, 12))}
@@ -252,7 +254,8 @@ KILLED = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from shiva_search.profiling.sampler import Cell, Group, SampleLog, Sampler
+from shiva_search.profiling.sample_log import SampleLog
+from shiva_search.profiling.sampler import Cell, Group, Sampler
 
 class Clock:
     def time_ms(self, run, repeats=1):

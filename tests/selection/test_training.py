@@ -35,7 +35,7 @@ def same_weights(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def learned(tiny):
-    return warm_up(tiny, steps=60, batch_size=16)
+    return warm_up(tiny, steps=40, batch_size=12, groups=2)
 
 
 def test_a_trained_router_beats_every_untrained_scorer_on_held_out_inputs(tiny, learned):
@@ -45,10 +45,10 @@ def test_a_trained_router_beats_every_untrained_scorer_on_held_out_inputs(tiny, 
         untrained = {name: error_of(tiny, plan, name) for name in ("stride", "random", "norm", "residual")}
         untrained["unlearned"] = error_of(tiny, plan, Router.for_model(tiny, 0))
         assert error_of(tiny, plan, router) < 0.9 * min(untrained.values()), untrained
-    assert len(rows) == 60 and all(tuple(row) == COLUMNS for row in rows)
-    assert {row["stage"] for row in rows} == {"warm-up"} and [row["step"] for row in rows] == list(range(60))
+    assert len(rows) == 40 and all(tuple(row) == COLUMNS for row in rows)
+    assert {row["stage"] for row in rows} == {"warm-up"} and [row["step"] for row in rows] == list(range(40))
     assert all(row["diffusion"] is None and 0 < row["error"] <= row["loss"] and 0 < row["keep"] < 1 for row in rows)
-    assert router.origin["steps"] == 60 and not any(value.requires_grad for value in router.parameters())
+    assert router.origin["steps"] == 40 and not any(value.requires_grad for value in router.parameters())
 
 
 def test_tuning_at_a_plan_lowers_its_error_further(tiny, learned):
