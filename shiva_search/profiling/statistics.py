@@ -1,4 +1,4 @@
-"""What samples say. In: raw samples with the references around them. Out: a ratio per cell, with its interval and flags.
+"""What samples say. In: raw samples with references around them. Out: a ratio per cell, its interval and flags.
 
 What is kept of a sample is the log of its ratio to the references right before and right after; what is reported of a
 cell is the trimmed mean of its log ratios. Of the estimators tried on a noisy machine this one repeats best: drift that
