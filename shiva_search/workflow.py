@@ -39,7 +39,7 @@ from shiva_search.records.run import RunFolder
 from shiva_search.reporting import plots, tables
 from shiva_search.reporting.html import build_report
 from shiva_search.runtime.scorers import SCORERS, TokenScorer
-from shiva_search.search import check_budget, holds, join_study, search
+from shiva_search.search import SearchResult, check_budget, holds, join_study, search
 from shiva_search.search.fidelity import fidelity
 from shiva_search.search.whole_blocks import WholeBlocks
 from shiva_search.selection.router import Router, load_selector
@@ -57,6 +57,8 @@ EVALUATION_SAMPLES = 256
 LOOP_SECONDS, FINAL_SECONDS = 12.0, 20.0
 #: Plans searched anew because the tuned plan's final measurement broke the budget.
 FINAL_ROUNDS, AGAIN_TRIALS = 3, 30
+#: Share of the latency budget that the search aims for, so that a fresh, noisy measurement holds it too.
+AIM = 0.985
 
 
 @dataclass(frozen=True)
@@ -196,28 +198,27 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
         storage=settings.storage, min_keep=settings.min_keep, segments=settings.segments, sampler=settings.sampler,
         folder=run.path, progress=progress,
     )  # fmt: skip
+
+    def plan_of(found: SearchResult) -> Plan:
+        return found.plan.with_(
+            device=device.name,
+            workload=model.workload.as_dict(),
+            predicted={**found.plan.predicted, "dense_latency_ms": (found.cost or cost).dense.latency_ms},
+            budget=budget.resolve(cost.dense).as_dict() | ({"shares": dict(budget.shares)} if budget.shares else {}),
+            origin={
+                "settings": settings.digest(),
+                "seed": settings.seed,
+                "version": __version__,
+                "study": found.study_name,
+            },
+        )
+
     with clock("search"):
-        result = find(cost, budget, trials=settings.trials)
-        # The loop has measured the plan; what counts is that a fresh measurement holds as well.
-        final, rounds = _measure_afresh(measure, budget, result.plan), list(result.rounds)
-        for again in range(1, FINAL_ROUNDS + 1):
-            if holds(budget, final):
-                break
-            progress(f"a fresh measurement takes {final.ratio:.1%} of dense and breaks the budget; searching below it")
-            result = find(result.cost or cost, _tighter(budget, 1 - 0.01 * again), trials=AGAIN_TRIALS)
-            final, rounds = _measure_afresh(measure, budget, result.plan), [*rounds, *result.rounds]
-    plan = result.plan.with_(
-        device=device.name,
-        workload=model.workload.as_dict(),
-        predicted={**result.plan.predicted, "dense_latency_ms": (result.cost or cost).dense.latency_ms},
-        budget=budget.resolve(cost.dense).as_dict() | ({"shares": dict(budget.shares)} if budget.shares else {}),
-        origin={
-            "settings": settings.digest(),
-            "seed": settings.seed,
-            "version": __version__,
-            "study": result.study_name,
-        },
-    )
+        try:
+            result = find(cost, _tighter(budget, AIM), trials=settings.trials)
+        except InfeasibleBudgetError:  # the floor lies between the aim and the budget
+            result = find(cost, budget, trials=settings.trials)
+    plan, rounds = plan_of(result), list(result.rounds)
     plan.save(run.plan)
     tables.write_trials(run.trials, result.trials)
     tables.write_pareto(run.pareto_csv, result.pareto)
@@ -236,9 +237,23 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
 
     with clock("measure"):
         progress("measuring the plan against the dense model")
-        final = measure(plan, FINAL_SECONDS)
-        error = fidelity(model, plan, router, split="evaluation", samples=EVALUATION_SAMPLES, seed=settings.seed)
-    _finish(run, model, device, plan, final, budget, rounds, error, clock.seconds, result.note)
+        # The loop has measured the plan; what counts is that a fresh measurement holds as well.
+        final = _measure_afresh(measure, budget, plan)
+        for again in range(1, FINAL_ROUNDS + 1):
+            if holds(budget, final):
+                break
+            progress(f"a fresh measurement takes {final.ratio:.1%} of dense and breaks the budget; searching below it")
+            try:
+                result = find(result.cost or cost, _tighter(budget, AIM - 0.015 * again), trials=AGAIN_TRIALS)
+            except (InfeasibleBudgetError, BudgetBrokenError) as error:
+                progress(f"no plan is left below: {error}")
+                break
+            plan, rounds = plan_of(result), [*rounds, *result.rounds]
+            tables.write_trials(run.trials, result.trials)
+            tables.write_pareto(run.pareto_csv, result.pareto)
+            final = _measure_afresh(measure, budget, plan)
+        error_there = fidelity(model, plan, router, split="evaluation", samples=EVALUATION_SAMPLES, seed=settings.seed)
+    _finish(run, model, device, plan, final, budget, rounds, error_there, clock.seconds, result.note)
     if settings.model == "fashion-dit":
         with clock("generate"):
             _draw_samples(run, model, plan, router, count=10, steps=20, guidance_scale=2.5, seed=0, progress=progress)
