@@ -19,18 +19,21 @@ from shiva_search.search.trade_sampler import TradeSampler, distributions, from_
 
 
 def small_space(seed: int, layers: int = 6, width: int = 5, share: float = 0.6) -> tuple[Space, Effects]:
-    """Random effects that interact: each choice moves the output along directions that layers have in common."""
+    """Random effects that interact: each choice moves the output along directions that layers have in common.
+
+    The limit is a share of the dense latency, or the cheapest plan's latency where that is more.
+    """
     rng = np.random.default_rng(seed)
     ks = tuple(int(k) for k in np.linspace(0, 64, width))
     choices = ((64,), *[ks] * (layers - 1))
     latency = tuple(tuple(0.1 * (k > 0) + rng.uniform(0.01, 0.03) * k for k in c) for c in choices)
     cost = {"latency_ms": latency, "mean_keep": tuple(tuple(k / (64 * layers) for k in c) for c in choices)}
     space = Space(64, layers, (1.0,), choices, cost, {"latency_ms": 0.3, "mean_keep": 0.0})
-    dense = float(space.total("latency_ms", space.dense[None])[0])
+    floor, dense = space.total("latency_ms", np.stack([np.zeros_like(space.dense), space.dense]))
     dropped = 1 - space.kept / 64
     directions = rng.normal(size=(layers, 1, 12))
     vectors = 0.2 * dropped[:, :, None] * (directions + 0.5 * rng.normal(size=(*space.kept.shape, 12)))
-    return space.with_limits(latency_ms=share * dense), Effects((vectors**2).sum(-1), vectors)
+    return space.with_limits(latency_ms=max(share * dense, floor)), Effects((vectors**2).sum(-1), vectors)
 
 
 def truth(space: Space, effects: Effects, seed: int):
@@ -152,6 +155,12 @@ def test_repair_ends_on_the_budget_and_fill_stays_there(seed: int, share: float)
     options = neighbours(space, filled)
     better = errors(options) < errors(filled[None])[0] * (1 - 1e-6)
     assert not (better & space.feasible(options)).any()
+
+
+def test_repair_says_where_nothing_fits() -> None:
+    space, effects = small_space(0)
+    floor = float(space.total("latency_ms", np.zeros((1, space.positions), dtype=np.int64))[0])
+    assert repair(space.with_limits(latency_ms=0.99 * floor), space.dense, Surrogate(space, effects).errors) is None
 
 
 def test_trades_are_the_best_pairs_to_first_order() -> None:
