@@ -1,0 +1,77 @@
+"""`shiva-search compare`: the plan against the alternatives a user has. In: a run's folder. Out: compare.csv."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shiva_search.cost.cost_model import CostModel, load_cost_model
+from shiva_search.errors import InfeasibleBudgetError
+from shiva_search.models.model import Model
+from shiva_search.profiling.end_to_end import measure_plans
+from shiva_search.records.budget import Budget
+from shiva_search.records.plan import Plan
+from shiva_search.reporting import tables
+from shiva_search.reporting.html import build_report
+from shiva_search.runtime.scorers import SCORERS, TokenScorer
+from shiva_search.search import holds, search
+from shiva_search.search.fidelity import fidelity
+from shiva_search.search.whole_blocks import WholeBlocks
+from shiva_search.workflow.answer import Answer, Progress
+from shiva_search.workflow.outcome import EVALUATION_SAMPLES
+from shiva_search.workflow.runs import open_run
+
+
+def compare_command(path: Path, *, seconds: float, seed: int, progress: Progress) -> Answer:
+    """`shiva-search compare RUN`: the plan against the alternatives a user has, on one device in one run."""
+    run = open_run(path)
+    model, plan, budget = run.model, run.plan, run.budget
+    cost = load_cost_model(path)
+    trained = run.scorer()
+    rows: list[tuple[str, Plan, TokenScorer | str]] = [("searched plan, trained selector", plan, trained)]
+    rows += [(f"searched plan, {name}", plan, name) for name in SCORERS]
+    progress("choosing plans of the same latency: uniform keep, and whole blocks skipped")
+    uniform = _uniform_like(model, cost, plan)
+    rows += [("uniform keep, trained selector", uniform, trained), ("uniform keep, stride", uniform, "stride")]
+    target = Budget(latency_ms=cost.predict(plan).latency_ms)
+    try:
+        skipping = search(
+            model, WholeBlocks(cost), target, trials=40, seed=seed, scorer="stride", progress=progress
+        ).plan
+        rows.append(("whole blocks skipped", skipping, "stride"))
+    except InfeasibleBudgetError:
+        progress("no plan that only skips whole blocks is as fast")
+    rows.append(("dense", Plan.dense(model), "stride"))
+    progress(f"measuring {len(rows)} alternatives for {seconds:.0f} s")
+    copies = [candidate.with_() for _, candidate, _ in rows]
+    scorer_of = {id(copy): scorer for copy, (_, _, scorer) in zip(copies, rows, strict=True)}
+    measured = measure_plans(
+        model, copies, run.device, scorer_for=lambda p: scorer_of[id(p)], seconds=seconds, seed=seed
+    )
+    table = []
+    for (name, candidate, scorer), found in zip(rows, measured, strict=True):
+        error = fidelity(model, candidate, scorer, split="evaluation", samples=EVALUATION_SAMPLES, seed=seed)
+        progress(f"{name}: {found.ratio:.1%} of dense, error {error:.4f}")
+        table.append(
+            {
+                "method": name,
+                "settings": [list(row) for row in candidate.tokens_kept],
+                **{
+                    field: getattr(found, field)
+                    for field in ("latency_ms", "latency_ms_low", "latency_ms_high", "ratio")
+                },
+                "error": error,
+                "note": "holds the budget" if holds(budget, found) else "breaks the budget",
+            }
+        )
+    tables.write_compare(run.folder.compare, table)
+    build_report(path)
+    lines = [f"{row['method']:<34} {row['ratio']:7.1%}  error {row['error']:.4f}  {row['note']}" for row in table]
+    return Answer({"run": str(path), "alternatives": table}, lambda: "\n".join(lines))
+
+
+def _uniform_like(model: Model, cost: CostModel, plan: Plan) -> Plan:
+    """The uniform plan with the most tokens that is predicted to be no slower than a plan."""
+    limit_ms = cost.predict(plan).latency_ms or 0.0
+    shares = [kept / model.tokens for kept in sorted(range(1, model.tokens + 1), reverse=True)]
+    plans = (Plan.uniform(model, share) for share in shares)
+    return next((p for p in plans if (cost.predict(p).latency_ms or 0.0) <= limit_ms), Plan.uniform(model, shares[-1]))

@@ -1,0 +1,33 @@
+"""Where a command starts. In: names. Out: the device and the model on it, and the folder of their profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shiva_search.devices import open_device
+from shiva_search.models.catalog import load_model
+from shiva_search.models.model import Model
+
+if TYPE_CHECKING:
+    from shiva_search.devices.base import Device
+
+
+def open_both(model_name: str, device_name: str, workload: dict[str, Any], seed: int) -> tuple[Device, Model]:
+    """The device, and the model loaded onto it, with the workload's threads set.
+
+    Raises:
+        ShivaError: no such device or model, or the workload does not fit it.
+    """
+    device = open_device(device_name)
+    model = load_model(model_name, device=str(device.torch_device), seed=seed, **workload)
+    if model.workload.threads is not None:
+        torch.set_num_threads(model.workload.threads)
+    return device, model
+
+
+def profile_folder(device: Device, model: Model) -> Path:
+    """Where profiles of the model on the device lie: profiles/<device>/<model>."""
+    return Path("profiles") / device.name.replace(":", "-") / Path(model.name).name

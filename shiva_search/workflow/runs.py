@@ -1,0 +1,63 @@
+"""A run's folder, opened. In: its path. Out: model, device, plan and settings at hand for the commands on a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shiva_search.errors import InputError
+from shiva_search.models.model import Model
+from shiva_search.records.budget import Budget
+from shiva_search.records.files import read_json
+from shiva_search.records.plan import Plan
+from shiva_search.records.run import RunFolder
+from shiva_search.selection.router import Router, load_selector
+from shiva_search.workflow.opening import open_both
+from shiva_search.workflow.settings import Settings
+
+if TYPE_CHECKING:
+    from shiva_search.devices.base import Device
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's folder with its model and device at hand."""
+
+    folder: RunFolder
+    settings: Settings
+    model: Model
+    device: Device
+    plan: Plan
+
+    @property
+    def budget(self) -> Budget:
+        """What was asked for."""
+        return Budget.parse(self.settings.budget, self.settings.per, self.settings.steps)
+
+    def scorer(self) -> Router | str:
+        """The trained selector where there is one."""
+        return load_selector(self.folder.selector) if self.folder.selector.is_file() else "stride"
+
+
+def open_run(path: Path, device_name: str | None = None) -> OpenRun:
+    """Open a run's folder.
+
+    Args:
+        device_name: another device than the run's.
+
+    Raises:
+        InputError: no run there, or its plan is of another model.
+    """
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise InputError(f"a run is a folder, {path} is none; make one with `shiva-search optimize --out {path}`")
+    stored = read_json(path / "run.json", "run")
+    try:
+        settings = Settings(**stored["settings"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / 'run.json'} does not describe a run ({error}); run `optimize` again") from None
+    plan = Plan.from_file(folder.plan)
+    device, model = open_both(settings.model, device_name or settings.device, settings.workload, settings.seed)
+    plan.check_model(model.fingerprint())
+    return OpenRun(folder, settings, model, device, plan)
