@@ -15,6 +15,64 @@ BYPASS_KINDS = ("none", "mean", "affine")
 ATTEND_MODES = ("kept", "all")
 
 
+class Kept(int):
+    """What one layer does: tokens kept, whose keys they see, and how much of a bypass the rejected ones take.
+
+    It is the number of tokens kept, and equal to it where rejected tokens stand still and kept ones see each other.
+
+    Attributes:
+        rank: of the bypass of rejected tokens; 0: they stand still. 1 where a bypass has no rank ("mean").
+        attend: "kept" or "all": the tokens whose keys and values the kept ones attend to.
+
+    Raises:
+        InputError: rank below 0 or an unknown mode.
+    """
+
+    rank: int
+    attend: str
+
+    def __new__(cls, kept: int, rank: int = 0, attend: str = "kept") -> Kept:
+        if rank < 0 or attend not in ATTEND_MODES:
+            raise InputError(
+                f"a layer's bypass has rank 0 or more and it attends to one of {', '.join(ATTEND_MODES)}, "
+                f"got {rank!r} and {attend!r}"
+            )
+        made = super().__new__(cls, kept)
+        made.rank, made.attend = rank, attend
+        return made
+
+    @classmethod
+    def of(cls, value: int) -> Kept:
+        """A plain count as a choice that is as simple as can be; choices as they are."""
+        return value if isinstance(value, Kept) else cls(value)
+
+    @property
+    def variant(self) -> tuple[str, int]:
+        """All but the count: what a cost curve over the count belongs to."""
+        return self.attend, self.rank
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Kept):
+            return int(self) == int(other) and self.variant == other.variant
+        return isinstance(other, int) and int(self) == other and self.variant == PLAIN
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(int(self)) if self.variant == PLAIN else hash((int(self), self.variant))
+
+    def __repr__(self) -> str:
+        return str(int(self)) if self.variant == PLAIN else f"Kept({int(self)}, rank={self.rank}, {self.attend})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, (int(self), self.rank, self.attend)
+
+
+#: The variant of a plain count.
+PLAIN = ("kept", 0)
+
+
 class Planned(Protocol):
     """What a plan needs to know of a model (models.Model is one)."""
 
@@ -36,7 +94,8 @@ class Plan:
         tokens_kept: a row per segment, an entry in [0, N] per layer; the first layer keeps N.
         segments: [low, high) intervals of normalised time t (1 is noise, 0 is the image), covering [0, 1].
         model: fingerprint of the model; device and workload: what it was made for.
-        bypass, attend: what rejected tokens do, and whose keys and values kept tokens see, per segment and layer.
+        bypass: what rejected tokens do: {"kind": "none"}, or "mean" or "affine" with "ranks", per segment and layer.
+        attend: whose keys and values kept tokens see, per segment and layer.
         budget, predicted, measured, fidelity, solver, origin: how it was found, by name with units.
         folder: where it was read from, if from a file; its trained selector lies beside it. Not saved.
 
@@ -93,6 +152,14 @@ class Plan:
             raise InputError(f"segments must cover [0, 1] without gaps, got {[list(pair) for pair in self.segments]}")
         if self.bypass.get("kind") not in BYPASS_KINDS:
             raise InputError(f"bypass kind must be one of {', '.join(BYPASS_KINDS)}, got {self.bypass.get('kind')!r}")
+        ranks = self.bypass.get("ranks", [])
+        if (self.bypass["kind"] == "none") != (not ranks) or (
+            ranks and [*map(len, ranks)] != [*map(len, self.tokens_kept)]
+        ):
+            raise InputError(
+                f"a bypass other than none has ranks, one per segment and layer, got {dict(self.bypass)!r}; "
+                "0 lets the rejected tokens of a layer stand still"
+            )
         if not self.attend:
             object.__setattr__(self, "attend", tuple(("kept",) * len(row) for row in self.tokens_kept))
         if [*map(len, self.attend)] != [*map(len, self.tokens_kept)] or any(
@@ -104,6 +171,15 @@ class Plan:
     def layer_count(self) -> int:
         """Number of layers."""
         return len(self.tokens_kept[0])
+
+    @property
+    def rows(self) -> tuple[tuple[Kept, ...], ...]:
+        """What each layer does, a row per segment."""
+        ranks = self.bypass.get("ranks") or [[0] * len(row) for row in self.tokens_kept]
+        return tuple(
+            tuple(Kept(*choice) for choice in zip(*row, strict=True))
+            for row in zip(self.tokens_kept, ranks, self.attend, strict=True)
+        )
 
     @property
     def mean_keep(self) -> float:
@@ -124,8 +200,16 @@ class Plan:
         return 0
 
     @classmethod
-    def from_rows(cls, model: Planned, rows: Sequence[Sequence[int]], **known: Any) -> Plan:
+    def from_rows(
+        cls, model: Planned, rows: Sequence[Sequence[int]], *, bypass_kind: str = "affine", **known: Any
+    ) -> Plan:
         """A plan from one list of tokens kept per segment; segments split [0, 1] evenly, noise last.
+
+        Args:
+            model: tokens, layers and fingerprint.
+            rows: plain counts, or `Kept` where layers have a bypass or attend to all tokens.
+            bypass_kind: which bypass the ranks in `rows` are of.
+            **known: fields of the plan.
 
         Raises:
             InputError: wrong number of layers, values out of range, first layer not dense.
@@ -136,8 +220,13 @@ class Plan:
             )
         count = max(len(rows), 1)
         segments = tuple((i / count, (i + 1) / count) for i in range(count))
-        kept = tuple(tuple(row) for row in rows)
-        return cls(model.tokens, kept, **{"segments": segments, "model": model.fingerprint(), **known})
+        chosen = [[Kept.of(entry) for entry in row] for row in rows]
+        kept = tuple(tuple(map(int, row)) for row in chosen)
+        made: dict[str, Any] = {"segments": segments, "model": model.fingerprint()}
+        if any(entry.rank for row in chosen for entry in row):
+            made["bypass"] = {"kind": bypass_kind, "ranks": [[entry.rank for entry in row] for row in chosen]}
+        made["attend"] = tuple(tuple(entry.attend for entry in row) for row in chosen)
+        return cls(model.tokens, kept, **{**made, **known})
 
     @classmethod
     def uniform(cls, model: Planned, keep: float, **known: Any) -> Plan:

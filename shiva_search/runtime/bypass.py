@@ -1,0 +1,160 @@
+"""The cheap path of rejected tokens: an affine map of low rank per layer, and scores of what it will miss.
+
+In: tokens and condition of a layer. Out: the tokens after the cheap path, and how much the block would have added to it.
+Both read the same projection, so choosing tokens costs one more column of a matrix product.
+
+For a token x of width D in a layer with condition c (eq. of ours, beyond the paper; fit in selection/closed_form.py):
+
+    h    = A n(x) + B x + C n(c) + h0         [R], n: zero mean, unit variance (a LayerNorm without weights)
+    x'   = x + U_r h_r + u                    first r of the R hidden values: ranks are nested
+    s_r  = a_r . n(x) + b_r . x               log of the squared update that x' lacks, up to a constant per sample
+
+Legend: S timestep segments, B samples, N tokens, D width, C condition width, R rank, V ranks on offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shiva_search.errors import InputError
+
+_EPS = 1e-5  # of the variance, as in nn.LayerNorm
+
+
+class Bypass(Protocol):
+    """The rejected path of one layer."""
+
+    def read(self, x_BND: torch.Tensor, condition_BC: torch.Tensor, row: int) -> torch.Tensor:
+        """Hidden values [B, N, R] of all tokens; `row` is the plan's timestep segment."""
+        ...
+
+    def move(self, x_BND: torch.Tensor, hidden_BNR: torch.Tensor, rank: int, row: int) -> torch.Tensor:
+        """Tokens after the cheap path [B, N, D], a new tensor."""
+        ...
+
+
+class AffineBypass(nn.Module):
+    """The affine bypass of one layer, with a score for each rank on offer.
+
+    Args:
+        width: D.
+        condition_width: C.
+        rank: R, at least 0; with 0 the update is the same for all tokens, the "mean" bypass.
+        ranks: on offer, ascending, 0 first (rejected tokens stand still).
+        segments: S.
+    """
+
+    def __init__(self, width: int, condition_width: int, rank: int, ranks: Sequence[int], segments: int = 1) -> None:
+        super().__init__()
+        self.rank, self.ranks, self.segments = rank, tuple(ranks), segments
+        rows = rank + len(self.ranks)
+        # Rows of hidden values, then of scores. Those over n(x) have zero mean, so that x need not be centred.
+        self.over_normed = nn.Parameter(torch.zeros(segments, rows, width))
+        self.over_tokens = nn.Parameter(torch.zeros(segments, rows, width))
+        self.over_condition = nn.Parameter(torch.zeros(segments, rank, condition_width))
+        self.hidden = nn.Parameter(torch.zeros(segments, rank))
+        self.out = nn.Parameter(torch.zeros(segments, rank, width))
+        self.mean = nn.Parameter(torch.zeros(segments, width))
+
+    def read(self, x_BND: torch.Tensor, condition_BC: torch.Tensor, row: int = 0) -> torch.Tensor:
+        """See Bypass; [B, N, R + V], scores last."""
+        row = row if self.segments > 1 else 0
+        width, dtype = x_BND.shape[-1], x_BND.dtype
+        normed_QD = self.over_normed[row]
+        normed_QD = normed_QD - normed_QD.mean(1, keepdim=True)
+        ones_1D = normed_QD.new_full((1, width), 1.0 / width)
+        weights = torch.cat([normed_QD, self.over_tokens[row], ones_1D]).to(dtype)
+        read_BNQ = F.linear(x_BND, weights).float()
+        rows = len(normed_QD)
+        mean_BN1 = read_BNQ[..., -1:]
+        square_BN1 = torch.linalg.vector_norm(x_BND, dim=-1, keepdim=True, dtype=torch.float32).square() / width
+        scale_BN1 = torch.rsqrt((square_BN1 - mean_BN1.square()).clamp_min(0.0) + _EPS)
+        hidden_BNQ = torch.addcmul(read_BNQ[..., rows : 2 * rows], read_BNQ[..., :rows], scale_BN1)
+        if not self.rank:
+            return hidden_BNQ
+        normed_BC = F.layer_norm(condition_BC.float(), condition_BC.shape[-1:])
+        shift_BR = F.linear(normed_BC, self.over_condition[row], self.hidden[row])
+        return hidden_BNQ + F.pad(shift_BR, (0, len(self.ranks)))[:, None]
+
+    def scores(self, hidden_BNQ: torch.Tensor, rank: int) -> torch.Tensor:
+        """How much each token would miss with this rank [B, N], as a log: comparable between tokens of a sample."""
+        return hidden_BNQ[..., self.rank + self._place(rank)]
+
+    def move(self, x_BND: torch.Tensor, hidden_BNR: torch.Tensor, rank: int, row: int = 0) -> torch.Tensor:
+        """See Bypass."""
+        row, rank = (row if self.segments > 1 else 0), min(rank, self.rank)
+        if not rank:
+            return x_BND + self.mean[row].to(x_BND.dtype)
+        # The constant travels as one more hidden value, so that the product adds up all there is in one pass.
+        ones = torch.ones_like(hidden_BNR[..., :1])
+        hidden = torch.cat([hidden_BNR[..., :rank], ones], dim=-1).to(x_BND.dtype)
+        out = torch.cat([self.out[row, :rank], self.mean[row, None]]).to(x_BND.dtype)
+        return torch.addmm(x_BND.flatten(0, 1), hidden.flatten(0, 1), out).view(x_BND.shape)
+
+    def _place(self, rank: int) -> int:
+        if rank not in self.ranks:
+            raise InputError(f"this bypass has the ranks {', '.join(map(str, self.ranks))}, the plan asks for {rank}")
+        return self.ranks.index(rank)
+
+
+class BypassBank(nn.Module):
+    """The bypasses of all layers but the first, and a scorer: tokens that their bypass serves worst are kept.
+
+    Attributes:
+        kind: "mean" or "affine".
+        ranks: on offer; 0 is always one.
+        model: fingerprint of the model it was made for; empty where unknown.
+        origin: how it was fit, JSON-able.
+    """
+
+    def __init__(
+        self, layers: int, width: int, condition_width: int, kind: str, ranks: Sequence[int], segments: int = 1
+    ) -> None:
+        super().__init__()
+        if kind not in ("mean", "affine") or list(ranks) != sorted({0, *ranks}):
+            raise InputError(f"a bypass is mean or affine with ascending ranks from 0, got {kind!r} and {list(ranks)}")
+        self.kind, self.ranks = kind, tuple(ranks)
+        self.shape = {
+            "layers": layers, "width": width, "condition_width": condition_width, "kind": kind, "ranks": list(ranks),
+            "segments": segments,
+        }  # fmt: skip
+        rank = max(ranks) if kind == "affine" else 0
+        self.layers = nn.ModuleList(
+            AffineBypass(width, condition_width, rank, ranks, segments) for _ in range(layers - 1)
+        )
+        self.model: Mapping[str, Any] = {}
+        self.origin: dict[str, Any] = {}
+
+    @property
+    def bypasses(self) -> Mapping[int, AffineBypass]:
+        """By layer."""
+        return _ByLayer(self.layers)
+
+    def forward(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
+        """Scores [B, N] where rejected tokens stand still: the TokenScorer protocol."""
+        bypass: AffineBypass = self.layers[layer - 1]  # type: ignore[assignment]
+        return bypass.scores(bypass.read(x_BND.detach(), condition_BC), 0)
+
+
+class _ByLayer(Mapping[int, AffineBypass]):
+    """A module list as a mapping from layers; nothing is copied, so training and moving keep both in step."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.layers = layers
+
+    def __getitem__(self, layer: int) -> AffineBypass:
+        if not 1 <= layer <= len(self.layers):
+            raise KeyError(layer)
+        found: AffineBypass = self.layers[layer - 1]  # type: ignore[assignment]
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(1, len(self.layers) + 1))
+
+    def __len__(self) -> int:
+        return len(self.layers)
