@@ -178,6 +178,7 @@ def apply_plan(
     """
     plan = plan if isinstance(plan, Plan) else from_pretrained(plan)
     model = _as_model(target, plan)
+    plan.check_model(model.fingerprint())
     scorer = _scorer_of(plan, selector)
     if selector is None and hasattr(scorer, "check_model"):
         scorer.check_model(model.fingerprint())

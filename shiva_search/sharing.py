@@ -1,9 +1,9 @@
 """A plan to share: from a run's folder to one as model hubs keep them, and back. Safetensors and JSON, nothing to execute.
 
-    plan.json               tokens kept, the model it is for, what it costs
-    selector.safetensors    the trained selector, where there is one
-    adapters.safetensors    low-rank adapters trained along with it, where there are some
-    README.md               a model card
+plan.json               tokens kept, the model it is for, what it costs
+selector.safetensors    the trained selector, where there is one
+adapters.safetensors    low-rank adapters trained along with it, where there are some
+README.md               a model card
 """
 
 from __future__ import annotations

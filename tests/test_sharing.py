@@ -90,12 +90,13 @@ def test_adapters_come_on_and_go_off_with_the_plan(model: Model, inputs: dict[st
     with safe_open(folder / "adapters.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(state)
     handle = ss.apply_plan(model, folder, "norm")
-    assert torch.equal(model.predict(inputs), expected)
+    torch.testing.assert_close(model.predict(inputs), expected, atol=1e-5, rtol=1e-5)  # no gradients: other kernels
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
     again = ss.apply_plan(model, folder, "norm")  # a new plan replaces the old one, adapters included
-    assert torch.equal(model.predict(inputs), expected)
+    adapted_again = model.predict(inputs)
+    torch.testing.assert_close(adapted_again, expected, atol=1e-5, rtol=1e-5)
     handle.remove()
-    assert torch.equal(model.predict(inputs), expected)
+    assert torch.equal(model.predict(inputs), adapted_again)
     again.remove()
     assert torch.equal(model.predict(inputs), dense)
     assert not hasattr(model.module, "peft_config")
