@@ -69,7 +69,33 @@ class AppliedPlan:
             Attached(layer.module, partial(PrunedBlock, layer, controller=self.controller)) for layer in model.layers
         ]
         self._root = Attached(model.module, partial(_PlannedForward, self))
+        self._compiled: list[tuple[nn.Module, Any]] = []
         object.__setattr__(model.module, _MARK, self)
+
+    def put_on(self) -> None:
+        """Put the plan on again after it was taken off, with all that was compiled for it."""
+        if getattr(self.model.module, _MARK, None) is not self:
+            remove_plan(self.model.module)
+            for attached in (*self._blocks, self._root):
+                attached.put_on()
+            object.__setattr__(self.model.module, _MARK, self)
+
+    def compile(self, **options: Any) -> AppliedPlan:
+        """Compile each block with its selection, until the plan is removed; the rest of the forward stays as it is.
+
+        Every block is compiled by itself, for the number of tokens it keeps in each segment of the plan, so that nothing is compiled again
+        after each has run once. The blocks are first run, and compiled, by the forwards that follow.
+
+        Args:
+            **options: of torch.compile; fullgraph and dynamic=False unless said otherwise.
+
+        Returns:
+            This handle.
+        """
+        for layer in self.model.layers:
+            self._compiled.append((layer.module, layer.module._compiled_call_impl))
+            layer.module.compile(**{"fullgraph": True, "dynamic": False, **options})
+        return self
 
     def begin(self, named: Mapping[str, Any]) -> None:
         """Read from the arguments of a forward what its blocks will ask for; the root's stand-in calls this.
@@ -122,6 +148,9 @@ class AppliedPlan:
         for block in self._blocks:
             block.take_off()
             block.stand_in.held.release()
+        while self._compiled:
+            module, before = self._compiled.pop()
+            module._compiled_call_impl = before  # type: ignore[assignment]
         if getattr(self.model.module, _MARK, None) is self:
             object.__delattr__(self.model.module, _MARK)
         while self._afterwards:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -45,12 +46,19 @@ class StandIn:
     Attributes:
         forward: what it stands in for.
         is_on: once false, calls go straight through: a wrapper of a kind not known here may hold on to it.
+        function: what is put on the module. A function of its own, since torch.compile counts recompilations by code:
+            blocks that keep different numbers of tokens would use up the limit of a shared one.
     """
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.is_on = True
-        self.__wrapped__ = forward  # whoever asks for its signature gets the forward's
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        self.function = FunctionType(call.__code__.replace(), call.__globals__, "forward", None, call.__closure__)
+        self.function.__wrapped__ = forward  # type: ignore[attr-defined]  # who asks for its signature gets that one's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.stand_in(*args, **kwargs) if self.is_on else self.forward(*args, **kwargs)
@@ -69,24 +77,31 @@ class Attached:
 
     def __init__(self, module: nn.Module, make: Callable[[Forward], StandIn]) -> None:
         self._module = module
-        place = _innermost(module)
-        self._was_hidden = place.owner is module and place.name not in vars(module)  # the class's own showed through
-        self.stand_in = make(place.forward)
-        place.keep(self.stand_in)
+        self.stand_in = make(_innermost(module).forward)
+        self.put_on()
+
+    def put_on(self) -> None:
+        """Put it on, the first time or again."""
+        place = _innermost(self._module)
+        if place.forward is not self.stand_in.function:
+            self._was_hidden = place.owner is self._module and place.name not in vars(self._module)
+            self.stand_in.forward = place.forward
+            place.keep(self.stand_in.function)
+        self.stand_in.is_on = True
 
     def is_reachable(self) -> bool:
         """Whether the module still leads to it by wrappers that are known to keep what they wrap."""
-        return any(place.forward is self.stand_in for place in _places(self._module))
+        return any(place.forward is self.stand_in.function for place in _places(self._module))
 
     def take_off(self) -> None:
         """Put the forward back where the stand-in is found; other wrappers stay. Safe to call twice."""
         self.stand_in.is_on = False
         for place in list(_places(self._module)):
-            if place.forward is self.stand_in:
+            if place.forward is self.stand_in.function:
                 place.keep(self.stand_in.forward)
         own = getattr(self.stand_in.forward, "__func__", None) is type(self._module).forward
         if self._was_hidden and own and vars(self._module).get("forward") is self.stand_in.forward:
-            del self._module.forward  # it shows through again
+            del self._module.forward  # the class's own shows through again
 
 
 def _places(module: nn.Module) -> Iterator[Place]:
