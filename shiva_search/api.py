@@ -17,6 +17,7 @@ from shiva_search.records.profile import Profile, load_profile
 from shiva_search.records.workload import Workload
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
+from shiva_search.sharing import ADAPTERS, SELECTOR, beside_plan, from_pretrained, save_pretrained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,8 +30,8 @@ Progress = Callable[[str], None]
 Selector = TokenScorer | str | None
 
 __all__ = [
-    "apply_plan", "fidelity", "fit_cost_model", "load_model", "load_profile", "load_selector", "measure", "optimize",
-    "profile", "search", "train_selector", "warm_up", "wrap",
+    "apply_plan", "fidelity", "fit_cost_model", "from_pretrained", "load_model", "load_profile", "load_selector",
+    "measure", "optimize", "profile", "remove_plan", "save_pretrained", "search", "train_selector", "warm_up", "wrap",
 ]  # fmt: skip
 
 
@@ -153,22 +154,50 @@ def load_selector(path: str | Path) -> Router:
 def apply_plan(
     target: Any, plan: Plan | str | Path, selector: Selector = None, *, guidance: bool | None = None
 ) -> AppliedPlan:
-    """Put a plan on a model: a context manager, or a handle with `remove()`.
+    """Put a plan on a model: for the body of a `with`, until `remove()` of the handle, or for good.
+
+        with ss.apply_plan(pipe, "reports/run"):            # off again at the end, also after an error
+            image = pipe(prompt).images[0]
+        handle = ss.apply_plan(pipe, "reports/run")         # off with handle.remove()
+        ss.apply_plan(pipe, "reports/run")                  # stays on, with no handle to keep; a new plan replaces it,
+        ss.remove_plan(pipe)                                # and this takes it off
+
+    Adapters (LoRA), offloading and caching hooks may be put on and taken off before or after, in any order.
 
     Args:
         target: a Model, a transformer module, or a pipeline with one.
-        plan: a Plan, plan.json, or a run's folder.
+        plan: a Plan, plan.json, a run's folder, or a folder or hub id that `save_pretrained` filled.
         selector: a scorer by name, a callable, a trained selector; None takes the plan's own where it has one, else
             "stride".
         guidance: whether the two halves of a batch share one selection; None: where both hold the same images, as
             pipelines build them for guidance.
 
     Raises:
-        InputError: the plan does not fit the model.
+        InputError: the plan, or what was trained for it, does not fit the model; names what differs.
+        UnavailableError: there is no such folder or repository.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.from_file(plan)
+    plan = plan if isinstance(plan, Plan) else from_pretrained(plan)
     model = _as_model(target, plan)
-    return AppliedPlan(model, plan, _scorer_of(plan, selector), guidance=guidance)
+    plan.check_model(model.fingerprint())
+    scorer = _scorer_of(plan, selector)
+    if selector is None and hasattr(scorer, "check_model"):
+        scorer.check_model(model.fingerprint())
+    applied = AppliedPlan(model, plan, scorer, guidance=guidance)
+    adapters = beside_plan(plan, ADAPTERS)
+    if adapters is not None:
+        try:
+            applied.when_removed(_put_on_adapters(model, adapters))
+        except BaseException:
+            applied.remove()
+            raise
+    return applied
+
+
+def remove_plan(target: Any) -> None:
+    """Take off whatever plan is on a model, a transformer or a pipeline; nothing happens where there is none."""
+    from shiva_search.runtime.apply import remove_plan as remove
+
+    remove(target.module if isinstance(target, Model) else _transformer_of(target))
 
 
 def measure(
@@ -237,7 +266,7 @@ def optimize(
 def _as_model(target: Any, plan: Plan) -> Model:
     if isinstance(target, Model):
         return target
-    module = getattr(target, "transformer", target)
+    module = _transformer_of(target)
     family = family_of(type(module).__name__)
     if family is None:
         raise InputError(
@@ -252,9 +281,29 @@ def _as_model(target: Any, plan: Plan) -> Model:
     return Model(module, type(module).__name__, family, workload)
 
 
+def _transformer_of(target: Any) -> Any:
+    """The transformer of a pipeline, or the module itself; what torch.compile wraps around it left off."""
+    module = getattr(target, "transformer", target)
+    return getattr(module, "_orig_mod", module)
+
+
+def _put_on_adapters(model: Model, path: Path) -> Callable[[], object]:
+    """Put trained adapters on; what takes them off."""
+    from contextlib import ExitStack
+
+    from shiva_search.selection.adapters import adapted, load_adapters, rank_of
+
+    state = load_adapters(path)
+    with ExitStack() as stack:
+        parameters = stack.enter_context(adapted(model, rank_of(state), state))
+        parameters.requires_grad_(False)
+        return stack.pop_all().close
+
+
 def _scorer_of(plan: Plan, selector: Selector) -> TokenScorer:
-    if selector is None and plan.folder is not None and (plan.folder / "selector.safetensors").is_file():
-        return load_selector(plan.folder)
+    beside = beside_plan(plan, SELECTOR)
+    if selector is None and beside is not None:
+        return load_selector(beside)
     return _by_name("stride" if selector is None else selector)
 
 

@@ -14,10 +14,8 @@ from torch import nn
 
 from shiva_search.errors import InputError
 from shiva_search.models.blocks import BlockAdapter, Family, Kwargs, argument_names
+from shiva_search.models.weights import parameter_count, weights_hash
 from shiva_search.records.workload import Workload
-
-#: Tensors below this many elements in total are hashed whole; larger models by a sample of every tensor.
-_WHOLE_HASH_ELEMENTS = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -201,15 +199,15 @@ class Model:
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         config = {name: value for name, value in self.config.items() if not name.startswith("_")}
-        weights_hash = _hash_weights(self.module)
+        weights = weights_hash(self.module)
         return {
             "name": self.name,
             "architecture": type(self.module).__name__,
             "config_hash": _digest(json.dumps(config, sort_keys=True, default=str).encode()),
             "layers": self.layer_count,
             "tokens": self.tokens,
-            "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
-            **({} if weights_hash is None else {"weights_hash": weights_hash}),
+            "parameters": parameter_count(self.module),
+            **({} if weights is None else {"weights_hash": weights}),
         }
 
 
@@ -236,25 +234,6 @@ def block_signature(block: nn.Module) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _hash_weights(module: nn.Module) -> str | None:
-    """sha256 of the weights, rounded to bfloat16 so that a model loaded in it is still the same.
-
-    Of a large model, 256 evenly spread values of each tensor. None for shapes without weights: what is planned for
-    these holds for any weights.
-    """
-    if any(parameter.is_meta for parameter in module.parameters()):
-        return None
-    whole = sum(parameter.numel() for parameter in module.parameters()) <= _WHOLE_HASH_ELEMENTS
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(name.encode())
-        flat = parameter.detach().reshape(-1)
-        if not whole and flat.numel() > 256:
-            flat = flat[:: flat.numel() // 256]
-        digest.update(flat.to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

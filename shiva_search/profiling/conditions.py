@@ -44,22 +44,16 @@ def deployed(model: Model) -> Iterator[None]:
 
 @contextmanager
 def _compiled(model: Model) -> Iterator[None]:
-    """Blocks run through torch.compile, one static shape at a time, as many shapes as a profile has."""
-    from torch._dynamo import config
-
+    """Blocks run through torch.compile, dense ones and whatever a plan makes of them, each shape by itself."""
     replaced: list[tuple[nn.Module, Any]] = []
-    with config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-        try:
-            for layer in model.layers:
-                replaced.append((layer.module, layer.module.__dict__.get("forward")))
-                layer.module.forward = torch.compile(layer.module.forward, dynamic=False)
-            yield
-        finally:
-            for module, previous in replaced:
-                if previous is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = previous
+    try:
+        for layer in model.layers:
+            replaced.append((layer.module, layer.module._compiled_call_impl))
+            layer.module.compile(dynamic=False)
+        yield
+    finally:
+        for module, before in replaced:
+            module._compiled_call_impl = before  # type: ignore[assignment]
 
 
 def shapes_of(module: nn.Module) -> nn.Module:

@@ -160,6 +160,7 @@ class _PlannedForward:
     ) -> None:
         self._model, self._plan, self._scorer, self._bypasses = model, plan, scorer, bypasses
         self._inputs = inputs
+        self._applied: AppliedPlan | None = None
         if len(plan.segments) > 1:
             low, high = plan.segments[segment]
             name = model.family.timestep_argument
@@ -167,7 +168,10 @@ class _PlannedForward:
             self._inputs = {**inputs, name: torch.full_like(inputs[name], middle)}
 
     def prepare(self) -> None:
-        AppliedPlan(self._model, self._plan, self._scorer, bypasses=self._bypasses)
+        if self._applied is None:
+            self._applied = AppliedPlan(self._model, self._plan, self._scorer, bypasses=self._bypasses)
+        else:
+            self._applied.put_on()  # what was compiled for it is used again
 
     def run(self) -> object:
         return self._model.module(**self._inputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
+from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.pruned_block import Bypass, Controller, Gate, PrunedBlock
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 
@@ -60,21 +62,53 @@ class AppliedPlan:
             bypasses=bypasses or {},
         )
         self._looks_for_halves = guidance is None
+        self.root_arguments = model.root_arguments
+        self._afterwards: list[Callable[[], object]] = []
         remove_plan(model.module)  # a new plan replaces an old one
-        self._replaced: list[tuple[nn.Module, Any]] = []
-        for layer in model.layers:
-            self._replaced.append((layer.module, layer.module.__dict__.get("forward")))
-            forward = layer.module.forward
-            layer.module.forward = PrunedBlock(layer, forward, self.controller)
-        self._root_hook = model.module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._blocks = [
+            Attached(layer.module, partial(PrunedBlock, layer, controller=self.controller)) for layer in model.layers
+        ]
+        self._root = Attached(model.module, partial(_PlannedForward, self))
+        self._compiled: list[tuple[nn.Module, Any]] = []
         object.__setattr__(model.module, _MARK, self)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def put_on(self) -> None:
+        """Put the plan on again after it was taken off, with all that was compiled for it."""
+        if getattr(self.model.module, _MARK, None) is not self:
+            remove_plan(self.model.module)
+            for attached in (*self._blocks, self._root):
+                attached.put_on()
+            object.__setattr__(self.model.module, _MARK, self)
+
+    def compile(self, **options: Any) -> AppliedPlan:
+        """Compile each block with its selection, until the plan is removed; the rest of the forward stays as it is.
+
+        Every block is compiled by itself, for the number of tokens it keeps in each segment of the plan, so that nothing is compiled again
+        after each has run once. The blocks are first run, and compiled, by the forwards that follow.
+
+        Args:
+            **options: of torch.compile; fullgraph and dynamic=False unless said otherwise.
+
+        Returns:
+            This handle.
+        """
+        for layer in self.model.layers:
+            self._compiled.append((layer.module, layer.module._compiled_call_impl))
+            layer.module.compile(**{"fullgraph": True, "dynamic": False, **options})
+        return self
+
+    def begin(self, named: Mapping[str, Any]) -> None:
+        """Read from the arguments of a forward what its blocks will ask for; the root's stand-in calls this.
+
+        Raises:
+            InputError: the samples of a batch lie in several segments of the plan.
+        """
         controller = self.controller
-        named = {**kwargs, **dict(zip(self.model.root_arguments, args, strict=False))}
         controller.t_B = self.model.times(named)
         controller.history = None
         controller.row = 0
+        if not torch.compiler.is_compiling():
+            controller.entered.clear()
         if self._looks_for_halves:
             controller.halves = _equal_halves(named[self.model.family.image_argument])
         if len(self.plan.segments) > 1:
@@ -86,23 +120,61 @@ class AppliedPlan:
                 )
             controller.row = rows.pop()
 
+    def end(self) -> None:
+        """Let go of the forward's tensors, and make sure that no block ran without the plan.
+
+        Raises:
+            InputError: something took a block's stand-in away.
+        """
+        controller = self.controller
+        controller.history = None
+        if torch.compiler.is_compiling():
+            return
+        for layer, block in zip(self.model.layers, self._blocks, strict=True):
+            # A cache around the block may have left it out; then the way to it is still there.
+            if layer.index not in controller.entered and not block.is_reachable():
+                raise InputError(
+                    f"block {layer.name} ran without the plan: its forward was replaced after the plan was applied; "
+                    "apply the plan again, after whatever replaced it"
+                )
+
+    def when_removed(self, undo: Callable[[], object]) -> None:
+        """Call `undo` once the plan is off; the last one added comes first."""
+        self._afterwards.append(undo)
+
     def remove(self) -> None:
-        """Take the hooks off; the model is as it was before. Safe to call twice."""
-        for module, previous in reversed(self._replaced):
-            if previous is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = previous
-        self._replaced = []
-        self._root_hook.remove()
+        """Take the hooks off; the model is as it was before, other hooks on it stay. Safe to call twice."""
+        self._root.take_off()
+        for block in self._blocks:
+            block.take_off()
+            block.stand_in.held.release()
+        while self._compiled:
+            module, before = self._compiled.pop()
+            module._compiled_call_impl = before  # type: ignore[assignment]
         if getattr(self.model.module, _MARK, None) is self:
             object.__delattr__(self.model.module, _MARK)
+        while self._afterwards:
+            self._afterwards.pop()()
 
     def __enter__(self) -> AppliedPlan:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+class _PlannedForward(StandIn):
+    """Stands in for the model's forward: what blocks need to know of it is read before, and let go of afterwards."""
+
+    def __init__(self, applied: AppliedPlan, forward: Callable[..., Any]) -> None:
+        super().__init__(forward)
+        self.applied = applied
+
+    def stand_in(self, *args: Any, **kwargs: Any) -> Any:
+        self.applied.begin({**kwargs, **dict(zip(self.applied.root_arguments, args, strict=False))})
+        output = self.forward(*args, **kwargs)
+        self.applied.end()
+        return output
 
 
 def _equal_halves(images: torch.Tensor) -> torch.Tensor | None:

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Layer
+from shiva_search.runtime.places import StandIn
 from shiva_search.runtime.scorers import History, TokenScorer
+from shiva_search.runtime.step_caches import HeldChoice
 from shiva_search.runtime.token_ops import gather_tokens, scatter_tokens, share_over_guidance, top_k
 
 
@@ -63,6 +66,7 @@ class Controller:
         history: kept up to date where the scorer asks for it.
         record: layers whose output is wanted; they land in `recorded`.
         resume: start at this point instead of the first layer.
+        entered: layers whose block was called in the forward under way; not kept up inside a compiled one.
         observer: called as (layer, x_BND, output tokens [B, N, D], kept_BK or None) after each layer.
     """
 
@@ -79,11 +83,17 @@ class Controller:
     record: frozenset[int] = frozenset()
     recorded: dict[int, Resume] = field(default_factory=dict)
     resume: Resume | None = None
+    entered: set[int] = field(default_factory=set)
     observer: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
 
     def scores(self, layer: int, x_BND: torch.Tensor, condition_BC: torch.Tensor) -> torch.Tensor:
         """Scores [B, N] of one layer, shared between guidance halves where the batch has them."""
         assert self.t_B is not None
+        if self.t_B.device != x_BND.device:  # an offloading hook moved the tokens after the forward began
+            self.t_B = self.t_B.to(x_BND.device)
+            self.halves = None if self.halves is None else self.halves.to(x_BND.device)
+        if isinstance(self.scorer, nn.Module) and not torch.compiler.is_compiling():
+            _follow(self.scorer, x_BND.device)
         if getattr(self.scorer, "uses_history", False):
             history = self.history or _no_history(x_BND)
             scores_BN = self.scorer(x_BND, self.t_B, condition_BC, layer, history=history)  # type: ignore[call-arg]
@@ -107,20 +117,33 @@ class Controller:
             self.history = History(age_BN, update_size_BN)
 
 
+def _follow(scorer: nn.Module, device: torch.device) -> None:
+    """Move a selector to where an offloading hook moved the tokens. Not to the meta device, which would lose it."""
+    first = next(scorer.parameters(), None)
+    if first is not None and first.device != device and device.type != "meta":
+        scorer.to(device)
+
+
 def _no_history(x_BND: torch.Tensor) -> History:
     zeros_BN = torch.zeros(x_BND.shape[:2], device=x_BND.device)
     return History(zeros_BN, zeros_BN)
 
 
-class PrunedBlock:
+class PrunedBlock(StandIn):
     """Stands in for a block's forward. With all tokens kept it calls the block as it was called, bit for bit."""
 
     def __init__(self, layer: Layer, forward: Callable[..., Any], controller: Controller) -> None:
+        super().__init__(forward)
         self.layer = layer
-        self.forward = forward
         self.controller = controller
+        self.held = HeldChoice(layer.module)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def stand_in(self, *args: Any, **kwargs: Any) -> Any:
+        """The block on the tokens it keeps.
+
+        Raises:
+            InputError: another number of image tokens than the plan is for.
+        """
         controller, adapter, index = self.controller, self.layer.adapter, self.layer.index
         kwargs.update(zip(self.layer.arguments, args, strict=False))
         x_BND: torch.Tensor = kwargs[adapter.tokens]
@@ -129,6 +152,8 @@ class PrunedBlock:
                 f"this plan is for {controller.tokens} image tokens, the model was called with {x_BND.shape[1]}; "
                 "search again at this resolution"
             )
+        if not torch.compiler.is_compiling():
+            controller.entered.add(index)
         resume = controller.resume
         if resume is not None and index <= resume.layer:
             if index < resume.layer:
@@ -137,6 +162,9 @@ class PrunedBlock:
             return resume.output
         k = controller.rows[controller.row][index]
         if k >= controller.tokens:
+            if not torch.compiler.is_compiling():
+                self.held.find(len(x_BND), k)
+                self.held.hold(len(x_BND), k, None)
             output, kept_BK = self.forward(**kwargs), None
         else:
             output, kept_BK = self._pruned(x_BND, k, kwargs)
@@ -163,10 +191,11 @@ class PrunedBlock:
             kept_BK = torch.empty(len(x_BND), 0, dtype=torch.int64, device=x_BND.device)
             return adapter.pack(rejected_BND, context), kept_BK
         assert condition_BC is not None
-        scores_BN = controller.scores(index, x_BND, condition_BC)
-        if gate is not None:
-            scores_BN = gate.perturb(scores_BN)
-        kept_BK = top_k(scores_BN.detach(), k)
+        if gate is None:
+            kept_BK = self._chosen(x_BND, condition_BC, k)
+        else:
+            scores_BN = gate.perturb(controller.scores(index, x_BND, condition_BC))
+            kept_BK = top_k(scores_BN.detach(), k)
         x_kept_BKD = gather_tokens(x_BND, kept_BK)
         entering_BKD = x_kept_BKD
         if gate is not None:
@@ -181,3 +210,14 @@ class PrunedBlock:
             other_BKD = x_kept_BKD if bypass is None else gather_tokens(rejected_BND, kept_BK)
             out_BKD = gate.leave(other_BKD, out_BKD, pi_kept_BK)
         return adapter.pack(scatter_tokens(rejected_BND, kept_BK, out_BKD), out_context), kept_BK
+
+    def _chosen(self, x_BND: torch.Tensor, condition_BC: torch.Tensor, k: int) -> torch.Tensor:
+        """Indices [B, K] of the tokens to keep, ascending; a cache inside the block may hold the choice of a step before."""
+        eager = not torch.compiler.is_compiling()
+        kept_BK = self.held.find(len(x_BND), k) if eager else None
+        if kept_BK is None:
+            scores_BN = self.controller.scores(self.layer.index, x_BND, condition_BC)
+            kept_BK = top_k(scores_BN.detach(), k)
+            if eager:
+                self.held.hold(len(x_BND), k, kept_BK)
+        return kept_BK

@@ -1,0 +1,182 @@
+"""A plan to share: from a run's folder to one as model hubs keep them, and back. Safetensors and JSON, nothing to execute.
+
+plan.json               tokens kept, the model it is for, what it costs
+selector.safetensors    the trained selector, where there is one
+adapters.safetensors    low-rank adapters trained along with it, where there are some
+README.md               a model card
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shiva_search import __version__
+from shiva_search.errors import InputError, UnavailableError
+from shiva_search.records.files import write_text
+from shiva_search.records.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from shiva_search.selection.router import Router
+
+PLAN, SELECTOR, ADAPTERS, CARD = "plan.json", "selector.safetensors", "adapters.safetensors", "README.md"
+_COSTS = {
+    "latency_ms": "latency, ms", "energy_j": "energy, J", "power_w": "power, W", "peak_memory_mib": "peak memory, MiB",
+    "gflops": "GFLOPs",
+}  # fmt: skip
+
+
+def save_pretrained(
+    plan: Plan | str | Path,
+    folder: str | Path,
+    *,
+    selector: Router | None = None,
+    adapters: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a plan, and what was trained for it, to a folder that `from_pretrained` and `apply_plan` take.
+
+    Args:
+        plan: a Plan, plan.json, or a run's folder.
+        folder: may exist; files of the same names are replaced, and ones that do not belong to this plan removed.
+        selector: the trained selector; None takes the one beside the plan, where there is one.
+        adapters: values by parameter name, as tune_jointly gives them; None takes the ones beside the plan.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: no model is named in the plan, selector or adapters do not belong to it, or nothing can be written.
+    """
+    from shiva_search.selection.adapters import load_adapters, rank_of, save_adapters
+    from shiva_search.selection.router import load_selector
+
+    plan = plan if isinstance(plan, Plan) else Plan.from_file(plan)
+    if not plan.model:
+        raise InputError("this plan does not say which model it is for; make it with Plan.from_rows(model, rows)")
+    if selector is None:
+        beside = beside_plan(plan, SELECTOR)
+        selector = None if beside is None else load_selector(beside)
+    if adapters is None:
+        beside = beside_plan(plan, ADAPTERS)
+        adapters = None if beside is None else load_adapters(beside)
+    if selector is not None:
+        selector.check_model(plan.model)
+    rank = None if adapters is None else rank_of(adapters)
+    place = Path(folder)
+    plan.save(place / PLAN)
+    if selector is None:
+        (place / SELECTOR).unlink(missing_ok=True)
+    else:
+        selector.save(place / SELECTOR)
+    if adapters is None:
+        (place / ADAPTERS).unlink(missing_ok=True)
+    else:
+        save_adapters(place / ADAPTERS, adapters, plan.model)
+    write_text(place / CARD, card(plan, has_selector=selector is not None, rank=rank))
+    return place
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None) -> Plan:
+    """The plan in a folder or hub repository that `save_pretrained` filled; its selector and adapters come along.
+
+    Args:
+        name: a folder, or a hub id (owner/name); a Path is always a folder.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        UnavailableError: no folder here, and the hub does not give it.
+        InputError: there is no plan in it.
+    """
+    is_hub_id = isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not name.endswith(".json")
+    if Path(name).exists() or not is_hub_id:
+        return Plan.from_file(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        place = snapshot_download(str(name), revision=revision, allow_patterns=[PLAN, SELECTOR, ADAPTERS, CARD])
+    except (OSError, ValueError, RuntimeError) as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnavailableError(
+            f"{str(name)!r} is no folder here, and the hub does not give it ({line}); check the name and the network"
+        ) from error
+    return Plan.from_file(place)
+
+
+def beside_plan(plan: Plan, name: str) -> Path | None:
+    """The file of that name beside a plan that was read from a folder, where there is one."""
+    path = None if plan.folder is None else plan.folder / name
+    return path if path is not None and path.is_file() else None
+
+
+def card(plan: Plan, *, has_selector: bool, rank: int | None) -> str:
+    """The model card, Markdown with the front matter that hubs read."""
+    model, workload = plan.model, plan.workload
+    parts = [
+        "a trained token selector" if has_selector else "no selector of its own (tokens are spread evenly)",
+        *([] if rank is None else [f"low-rank adapters (DoRA, rank {rank})"]),
+    ]
+    conditions = ", ".join(f"{name} {value}" for name, value in workload.items() if value is not None)
+    return "\n".join(
+        [
+            "---",
+            "library_name: shiva-search",
+            "tags: [diffusion, diffusion-transformer, token-pruning]",
+            "---",
+            "",
+            f"# A token plan for {model.get('name', 'a diffusion transformer')}",
+            "",
+            f"Made by shiva-search {__version__}. It says how many of {plan.tokens} image tokens each of "
+            f"{plan.layer_count} blocks processes, {100 * plan.mean_keep:.0f} % on average, and brings {' and '.join(parts)}.",
+            "The model itself is not in here.",
+            "",
+            "```python",
+            "import shiva_search as ss",
+            "",
+            'plan = ss.from_pretrained("this folder or its hub id")',
+            "with ss.apply_plan(pipe, plan):   # or handle = ss.apply_plan(...), handle.remove()",
+            "    image = pipe(prompt).images[0]",
+            "```",
+            "",
+            "## Model",
+            "",
+            "It is refused on any other, and what differs is named.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | `{value}` |" for name, value in model.items()),
+            "",
+            "## Tokens kept",
+            "",
+            "| time (1 is noise) | tokens kept per block, 0 skips it |",
+            "|---|---|",
+            *(
+                f"| {low:g} to {high:g} | {' '.join(map(str, row))} |"
+                for (low, high), row in zip(plan.segments, plan.tokens_kept, strict=True)
+            ),
+            "",
+            "## Cost of one denoising step",
+            "",
+            f"Device: {plan.device or 'not known'}. Workload: {conditions or 'not known'}.",
+            "",
+            *_cost_table(plan),
+        ]
+    )
+
+
+def _cost_table(plan: Plan) -> list[str]:
+    """Dense, predicted and measured cost; what is not known is left out."""
+    columns: list[tuple[str, Mapping[str, Any], str]] = [
+        ("dense", plan.measured, "dense_"), ("predicted", plan.predicted, ""), ("measured", plan.measured, ""),
+    ]  # fmt: skip
+    rows = []
+    for name, title in _COSTS.items():
+        values = [column.get(prefix + name) for _, column, prefix in columns]
+        if any(value is not None for value in values):
+            cells = " | ".join("" if value is None else f"{value:.4g}" for value in values)
+            rows.append(f"| {title} | {cells} |")
+    if not rows:
+        return ["Not measured.", ""]
+    return ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---|---|---|---|", *rows, ""]
