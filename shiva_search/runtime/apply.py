@@ -65,13 +65,16 @@ class AppliedPlan:
         for layer in model.layers:
             self._replaced.append((layer.module, layer.module.__dict__.get("forward")))
             forward = layer.module.forward
-            layer.module.forward = PrunedBlock(layer, forward, self.controller)
+            pruned = PrunedBlock(layer, layer.adapter.apart(forward), self.controller)
+            layer.module.forward = layer.adapter.around(pruned, layer.arguments, plan.tokens)
         self._root_hook = model.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         object.__setattr__(model.module, _MARK, self)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         controller = self.controller
         named = {**kwargs, **dict(zip(self.model.root_arguments, args, strict=False))}
+        if self.model.has_joint_blocks:  # the other blocks see for themselves
+            self.model.check_tokens(named, self.plan.tokens)
         controller.t_B = self.model.times(named)
         controller.history = None
         controller.row = 0
@@ -105,10 +108,12 @@ class AppliedPlan:
         self.remove()
 
 
-def _equal_halves(images: torch.Tensor) -> torch.Tensor | None:
+def _equal_halves(images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | None:
     """Whether both halves of a batch hold the same images, as a scalar on their device; None for an odd batch."""
     if len(images) % 2:
         return None
+    if not isinstance(images, torch.Tensor):  # Z-Image takes a list
+        images = torch.stack(list(images))
     first, second = images.chunk(2)
     return (first == second).all()
 
