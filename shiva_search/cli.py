@@ -49,6 +49,7 @@ BatchOption = Annotated[int | None, typer.Option("--batch", help="Samples per fo
 DTypeOption = Annotated[DType | None, typer.Option("--dtype", rich_help_panel=_WORKLOAD)]
 ResolutionOption = Annotated[int | None, typer.Option("--resolution", help="Pixels.", rich_help_panel=_WORKLOAD)]
 TextTokensOption = Annotated[int | None, typer.Option("--text-tokens", rich_help_panel=_WORKLOAD)]
+FramesOption = Annotated[int | None, typer.Option("--frames", help="Of a video.", rich_help_panel=_WORKLOAD)]
 GuidanceOption = Annotated[bool | None, typer.Option("--guidance/--no-guidance", rich_help_panel=_WORKLOAD)]
 CompileOption = Annotated[bool | None, typer.Option("--compile/--no-compile", rich_help_panel=_WORKLOAD)]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads.", rich_help_panel=_WORKLOAD)]
@@ -87,6 +88,7 @@ def profile(
     batch: BatchOption = None,
     dtype: DTypeOption = None,
     resolution: ResolutionOption = None,
+    frames: FramesOption = None,
     text_tokens: TextTokensOption = None,
     guidance: GuidanceOption = None,
     compile: CompileOption = None,
@@ -100,7 +102,7 @@ def profile(
     """Measure every block at many token counts on the device."""
     from shiva_search import workflow
 
-    workload = _workload(batch, dtype, resolution, text_tokens, guidance, compile, threads)
+    workload = _workload(batch, dtype, resolution, frames, text_tokens, guidance, compile, threads)
     answer = workflow.profile_command(
         model, device, workload, seconds=seconds, out=out, seed=seed, resume=resume, progress=_say
     )
@@ -122,6 +124,7 @@ def optimize(
     batch: BatchOption = None,
     dtype: DTypeOption = None,
     resolution: ResolutionOption = None,
+    frames: FramesOption = None,
     text_tokens: TextTokensOption = None,
     guidance: GuidanceOption = None,
     compile: CompileOption = None,
@@ -156,7 +159,7 @@ def optimize(
     settings = workflow.Settings(
         model=model,
         device=device,
-        workload=_workload(batch, dtype, resolution, text_tokens, guidance, compile, threads),
+        workload=_workload(batch, dtype, resolution, frames, text_tokens, guidance, compile, threads),
         budget={metric: text for metric, text in texts.items() if text is not None},
         per=per.value,
         steps=steps,
@@ -285,6 +288,7 @@ def _workload(
     batch: int | None,
     dtype: DType | None,
     resolution: int | None,
+    frames: int | None,
     text_tokens: int | None,
     guidance: bool | None,
     compile: bool | None,
@@ -294,6 +298,7 @@ def _workload(
         "batch": batch,
         "dtype": None if dtype is None else dtype.value,
         "resolution": resolution,
+        "frames": frames,
         "text_tokens": text_tokens,
         "guidance": guidance,
         "compile": compile,

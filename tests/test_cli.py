@@ -87,6 +87,12 @@ def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> Non
     assert "fashion-dit" in [row["name"] for row in json.loads(out)["models"]]
 
 
+def test_frames_of_a_video_reach_the_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = run(capsys, "profile", "--model", "ltx-video", "--frames", "16", "--out", str(tmp_path))
+    assert code == 2
+    assert "multiple of 8 and one more, got --frames 16" in err
+
+
 def test_devices_say_why_a_sensor_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "devices", "--json")
     for device in json.loads(out)["devices"]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from shiva_search.errors import InputError
+from shiva_search.models.joint import CONTEXT, START, JointSequence, apart, around, rows_of_kept, take_rows
 from shiva_search.records.workload import Workload
 
 Kwargs = dict[str, Any]
@@ -28,21 +29,46 @@ def keep_rows(kwargs: Kwargs, kept_BK: torch.Tensor, tokens: int) -> Kwargs:
 class PerSampleTable:
     """Rotary rows that differ from sample to sample, [B, S, E], where a block expects one [S, E] for all.
 
-    diffusers' apply_rotary_emb adds the batch axis itself, by indexing its table with None first. Here that axis is
-    already there, so the same index yields [B, S, E] laid out for the block. Any attention processor that goes through
-    apply_rotary_emb takes it as it is; any other use of the table fails loudly, for there is nothing else to call.
+    diffusers' apply_rotary_emb makes room for the batch itself, by indexing its table with None first; QwenImage's
+    reads complex tables, by unsqueeze(1). Here the batch axis is already there, so the same reading yields [B, S, E]
+    laid out for the block. Any attention processor that reads in these ways takes it as it is; any other use of the
+    table fails loudly, for there is nothing else to call.
     """
 
     def __init__(self, rows_BSE: torch.Tensor) -> None:
         self.rows_BSE = rows_BSE
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        if not isinstance(index, tuple) or index[0] is not None:
-            raise InputError(
-                f"this attention processor reads rotary tables by {index!r}, which is not known to be sound where "
-                "samples keep different tokens; run one sample at a time or use the model's own processor"
-            )
+        if not isinstance(index, tuple) or len(index) != 4 or index[0] is not None:
+            raise self._unknown(repr(index))
         return self.rows_BSE[(slice(None), *index[1:])]
+
+    def unsqueeze(self, dim: int) -> torch.Tensor:
+        """[B, S, 1, E], for readers that lay [S, 1, E] beside [B, S, heads, E]."""
+        if dim != 1:
+            raise self._unknown(f"unsqueeze({dim})")
+        return self.rows_BSE.unsqueeze(2)
+
+    @staticmethod
+    def _unknown(reading: str) -> InputError:
+        return InputError(
+            f"this attention processor reads rotary tables by {reading}, which is not known to be sound where "
+            "samples keep different tokens; run one sample at a time or use the model's own processor"
+        )
+
+
+def keep_sequence_rows(*names: str) -> Callable[[Kwargs, torch.Tensor, int], Kwargs]:
+    """A gather for blocks of one joint sequence: arguments [B, S, ...] with a row per position keep what stays."""
+
+    def gather(kwargs: Kwargs, kept_BK: torch.Tensor, tokens: int) -> Kwargs:
+        length = tokens + kwargs[CONTEXT].shape[1]
+        rows_BS = rows_of_kept(kwargs[START], kept_BK, tokens, length)
+        return {
+            **kwargs,
+            **{name: take_rows(kwargs[name], rows_BS) for name in names if kwargs.get(name) is not None},
+        }
+
+    return gather
 
 
 def keep_rotary_rows(kwargs: Kwargs, kept_BK: torch.Tensor, tokens: int) -> Kwargs:
@@ -86,6 +112,19 @@ def patches_per_side(pixels: int, pixels_per_patch: int) -> int:
     return pixels // pixels_per_patch
 
 
+def latent_frames(frames: int, frames_per_latent: int) -> int:
+    """Latent frames of a video: the first frame stands alone, the others are compressed together.
+
+    Raises:
+        InputError: the number of frames does not come out even.
+    """
+    if (frames - 1) % frames_per_latent:
+        raise InputError(
+            f"the frames of this model are a multiple of {frames_per_latent} and one more, got --frames {frames}"
+        )
+    return (frames - 1) // frames_per_latent + 1
+
+
 def square_side(latent: torch.Tensor) -> int:
     """Height and width of a latent [B, C, H, W].
 
@@ -119,6 +158,9 @@ class BlockAdapter:
         returns: the order of outputs, some of "tokens" and "context"; a single one comes bare, several as a tuple.
         condition: (block, kwargs) -> [B, C], the backbone's own embedding of timestep and condition.
         gather: (kwargs, kept_BK, N) -> kwargs with what belongs to single tokens (rotary rows) reduced to the kept.
+        joint: where the image tokens lie, if `tokens` holds others as well; see joint_adapter.
+        attend_all: (block, kwargs with all tokens, kept_BK, kept tokens) -> the block's output for the kept tokens where
+            these attend to the keys and values of all; None where the block class does not allow it.
     """
 
     block_class: str
@@ -127,6 +169,24 @@ class BlockAdapter:
     context: str | None = None
     returns: tuple[str, ...] = ("tokens",)
     gather: Callable[[Kwargs, torch.Tensor, int], Kwargs] = keep_rows
+    joint: JointSequence | None = None
+    attend_all: Callable[[nn.Module, Mapping[str, Any], torch.Tensor, torch.Tensor], Any] | None = None
+
+    def split(self, kwargs: Mapping[str, Any], tokens: int) -> Kwargs:
+        """A call of the block as the runtime knows it, with N image tokens alone in the argument `tokens`."""
+        return dict(kwargs) if self.joint is None else self.joint.split(kwargs, self.tokens, tokens)
+
+    def join(self, kwargs: Mapping[str, Any]) -> Kwargs:
+        """Inverse of split."""
+        return dict(kwargs) if self.joint is None else self.joint.join(kwargs, self.tokens)
+
+    def apart(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The block's forward as the runtime calls it."""
+        return forward if self.joint is None else apart(forward, self.joint, self.tokens)
+
+    def around(self, pruned: Callable[..., Any], arguments: tuple[str, ...], tokens: int) -> Callable[..., Any]:
+        """What stands in for the block's forward as the model calls it."""
+        return pruned if self.joint is None else around(pruned, self.joint, self.tokens, arguments, tokens)
 
     def unpack(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Split a block's output into image tokens [B, N, D] and context (or None)."""
@@ -141,6 +201,25 @@ class BlockAdapter:
             return tokens_BND
         named = {"tokens": tokens_BND, "context": context}
         return tuple(named[name] for name in self.returns)
+
+
+def joint_adapter(
+    block_class: str,
+    joint: JointSequence,
+    condition: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor],
+    gather: Callable[[Kwargs, torch.Tensor, int], Kwargs] = keep_rows,
+    tokens: str = "hidden_states",
+) -> BlockAdapter:
+    """The adapter of a block that takes image tokens and others as one sequence and returns it."""
+    return BlockAdapter(
+        block_class,
+        condition,
+        tokens=tokens,
+        context=CONTEXT,
+        returns=("context", "tokens"),
+        gather=gather,
+        joint=joint,
+    )
 
 
 def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -159,13 +238,16 @@ class Family:
         block_lists: names of the module lists that hold the blocks, in order of execution.
         adapters: by block class name.
         timestep_scale: the model's timestep at pure noise (1000 for most, 1 for Flux).
+        timestep_clean: the model's timestep of a clean image (0 for most; Lumina counts the other way, from 1 to 0).
         timestep_argument, image_argument: of the model's forward: noise level [B], noisy latents [B, ...].
         tokens: (config, workload) -> image tokens N.
         pixels_per_token: config -> side of an image token, pixels.
         example: (config, workload, generator) -> keyword arguments of one forward, random values, workload's dtype.
         defaults: config -> the workload of its published use (batch, resolution, text tokens, guidance).
         workload_of: (config, keyword arguments of one forward, workload) -> the workload with what they show.
+        planes: (config, workload) -> grids of image tokens one behind the other in time; 1 for images.
         shared: arguments without a batch axis, the same for all samples.
+        reads_values: its forward looks at values (lengths of captions), so that it cannot run on the meta device.
         architectures: published configurations by name, for models with random weights.
         verified: what is known to hold, for `shiva-search models`.
     """
@@ -180,21 +262,31 @@ class Family:
     workload_of: Callable[[Mapping[str, Any], Mapping[str, Any], Workload], Workload]
     block_lists: tuple[str, ...] = ("transformer_blocks",)
     timestep_scale: float = 1000.0
+    timestep_clean: float = 0.0
     timestep_argument: str = "timestep"
     image_argument: str = "hidden_states"
+    planes: Callable[[Mapping[str, Any], Workload], int] = lambda config, workload: 1
     shared: frozenset[str] = frozenset()
+    reads_values: bool = False
     architectures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     verified: str = ""
 
-    def resolution_of(self, config: Mapping[str, Any], tokens: int) -> int:
+    def resolution_of(self, config: Mapping[str, Any], tokens: int, planes: int | None = None) -> int:
         """Side in pixels of the square image with so many tokens.
+
+        Args:
+            planes: grids of tokens in time; None: those of the default workload.
 
         Raises:
             InputError: no square image has as many.
         """
-        side = isqrt(tokens)
-        if side**2 != tokens:
-            raise InputError(f"plans are made for square images, {tokens} image tokens are none; pass a square example")
+        planes = self.planes(config, self.defaults(config)) if planes is None else planes
+        side = isqrt(tokens // planes)
+        if planes * side**2 != tokens:
+            times = "" if planes == 1 else f" in {planes} planes"
+            raise InputError(
+                f"plans are made for square images, {tokens} image tokens{times} are none; pass a square example"
+            )
         return side * self.pixels_per_token(config)
 
     def adapter_of(self, block: nn.Module) -> BlockAdapter:

@@ -13,7 +13,7 @@ from torch import nn
 
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.models.blocks import Family
-from shiva_search.models.families import FAMILIES, family_of
+from shiva_search.models.families import FAMILIES, REFUSED, family_of
 from shiva_search.models.model import Batch, Model, stratified_times
 from shiva_search.records.files import read_json
 from shiva_search.records.workload import Workload
@@ -53,7 +53,13 @@ def load_model(
         shapes = _shapes(family, config)
         model = as_model(shapes, name, "random weights", workload)
         dtype = getattr(torch, model.workload.dtype)
-        if _fits(shapes, dtype, device) if real is None else real:
+        wanted = _fits(shapes, dtype, device) if real is None else real
+        if real is None and not wanted and family.reads_values:
+            raise UnavailableError(
+                f"{name} takes {_size_bytes(shapes, dtype) / 2**30:.1f} GiB, too much here, and looks at the values of "
+                "its inputs, so shapes will not do; take a GPU, or load_model(..., real=True, dtype='bfloat16')"
+            )
+        if wanted:
             model.module = _random_weights(family, config, device, seed)
     elif name == BUILT_IN:
         model = as_model(_read_transformer(REFERENCE / "transformer"), name, "built in", workload)
@@ -76,11 +82,15 @@ def _shapes(family: Family, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _fits(shapes: nn.Module, dtype: torch.dtype, device: str) -> bool:
-    size_bytes = sum(parameter.numel() for parameter in shapes.parameters()) * dtype.itemsize
+    size_bytes = _size_bytes(shapes, dtype)
     place = torch.device(device)
     if place.type != "cuda":
         return size_bytes <= _CPU_ROOM_BYTES
     return size_bytes <= _CUDA_ROOM_SHARE * torch.cuda.get_device_properties(place).total_memory
+
+
+def _size_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
 
 
 def _random_weights(family: Family, config: Mapping[str, Any], device: str, seed: int) -> nn.Module:
@@ -149,6 +159,8 @@ def _first_line(error: Exception) -> str:
 def _no_adapter(class_name: str, where: str = "") -> InputError:
     known = ", ".join(family.model_class for family in FAMILIES)
     place = f" in {where}" if where else ""
+    if class_name in REFUSED:
+        return InputError(f"plans cannot be put on {class_name}{place}: {REFUSED[class_name]}")
     return InputError(f"no adapter for model class {class_name!r}{place}; known classes: {known}")
 
 

@@ -38,6 +38,11 @@ class Layer:
     arguments: tuple[str, ...]
     signature: str
 
+    @property
+    def attends_all(self) -> bool:
+        """Whether its kept tokens can attend to the keys and values of all."""
+        return self.adapter.attend_all is not None
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -178,7 +183,7 @@ class Model:
         workload = Workload(**{**self.workload.as_dict(), "batch": count, "guidance": False})
         inputs = self.family.example(self.config, workload, generator)
         timestep = inputs[self.family.timestep_argument]
-        inputs[self.family.timestep_argument] = (t_B * self.family.timestep_scale).to(timestep.dtype)
+        inputs[self.family.timestep_argument] = self._timestep(t_B).to(timestep.dtype)
         device = next(self.module.parameters()).device
         placed = {name: _to_device(value, device) for name, value in inputs.items()}
         return Batch(placed, t_B.to(device), shared=self.family.shared)
@@ -186,7 +191,31 @@ class Model:
     def times(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Normalised time in [0, 1] of each sample, from the arguments of a forward."""
         timestep = torch.as_tensor(inputs[self.family.timestep_argument])
-        return (timestep.float().reshape(-1) / self.family.timestep_scale).clamp(0.0, 1.0)
+        clean, noise = self.family.timestep_clean, self.family.timestep_scale
+        return ((timestep.float().reshape(-1) - clean) / (noise - clean)).clamp(0.0, 1.0)
+
+    def _timestep(self, t_B: torch.Tensor) -> torch.Tensor:
+        """Inverse of times: what the model is told."""
+        clean, noise = self.family.timestep_clean, self.family.timestep_scale
+        return clean + t_B * (noise - clean)
+
+    @cached_property
+    def has_joint_blocks(self) -> bool:
+        """Whether some blocks take image tokens and others in one argument, whose length does not tell how many."""
+        return any(layer.adapter.joint is not None for layer in self.layers)
+
+    def check_tokens(self, inputs: Mapping[str, Any], tokens: int) -> None:
+        """Refuse a forward with another number of image tokens.
+
+        Raises:
+            InputError: names both numbers.
+        """
+        found = self.like(inputs).tokens
+        if found != tokens:
+            raise InputError(
+                f"this plan is for {tokens} image tokens, the model was called with {found}; "
+                "search again at this resolution"
+            )
 
     def predict(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """One forward; the output tensor, whatever the model wraps it in."""
@@ -212,10 +241,11 @@ class Model:
 
 
 def output_tensor(output: Any) -> torch.Tensor:
-    """The tensor in a model's output: itself, `.sample`, or the first element."""
+    """The tensor in a model's output: itself, `.sample`, or the first element; lists of images are stacked."""
     if isinstance(output, torch.Tensor):
         return output
-    tensor: torch.Tensor = output.sample if hasattr(output, "sample") else output[0]
+    found = output.sample if hasattr(output, "sample") else output[0]
+    tensor: torch.Tensor = torch.stack(found) if isinstance(found, list) else found
     return tensor
 
 

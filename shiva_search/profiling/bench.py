@@ -86,7 +86,11 @@ class Bench:
         self.others: dict[str, dict[str, float | None]] = {}
         self.sampler: Sampler
         # Before any plan is put on: cells added during the run must not capture the hooks of another.
-        self._plain = {layer.name: layer.module.forward for part in self.parts.values() for layer in part.layers}
+        self._plain = {
+            layer.name: layer.adapter.apart(layer.module.forward)
+            for part in self.parts.values()
+            for layer in part.layers
+        }
         self._t_B = model.times(model.example(seed)).to("meta" if is_meta(model) else device.torch_device)
         if self._t_B.is_meta:
             self._t_B = torch.full(self._t_B.shape, 0.5, device=device.torch_device)

@@ -144,12 +144,13 @@ def _used_inside(model: Model, inside: set[nn.Module]) -> list[nn.Module]:
 
 
 def record_inputs(model: Model, inputs: Kwargs) -> dict[str, Kwargs]:
-    """Arguments of the first block of each signature in one dense forward, by name."""
+    """Arguments of the first block of each signature in one dense forward, by name, as the runtime knows them."""
     recorded: dict[str, Kwargs] = {}
 
     def keep(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = {**kwargs, **dict(zip(layer.arguments, args, strict=False))}
+            called = {**kwargs, **dict(zip(layer.arguments, args, strict=False))}
+            named = layer.adapter.split(called, model.tokens)
             recorded[layer.signature] = tree_map(
                 lambda value: value.detach() if isinstance(value, torch.Tensor) else value, named
             )

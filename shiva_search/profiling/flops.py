@@ -97,7 +97,7 @@ class BlockFlops:
             kept_BK = torch.zeros(len(x_BND), k, dtype=torch.int64, device="meta")
             entering = torch.empty(len(x_BND), k, x_BND.shape[-1], dtype=x_BND.dtype, device="meta")
             kwargs = adapter.gather({**kwargs, adapter.tokens: entering}, kept_BK, self._tokens)
-        return count_gflops(self._block, kwargs)
+        return count_gflops(self._block, adapter.join(kwargs))
 
     def __call__(self, k: int) -> float:
         """GFLOP at k tokens, in [0, N], from the parabola through three counts."""

@@ -18,6 +18,7 @@ class Workload:
         batch: samples in one forward; with guidance this counts both halves.
         dtype: "float32", "bfloat16" or "float16".
         resolution: image height and width, pixels (None: the model's own).
+        frames: frames of a video (None: the model's own, and for images).
         text_tokens: context tokens (None: the model's own; 0 for models without).
         guidance: the batch is [unconditional half, conditional half]; both share one selection (eq. 32).
         compile: blocks run through torch.compile.
@@ -31,6 +32,7 @@ class Workload:
     guidance: bool = False
     compile: bool = False
     threads: int | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -39,7 +41,7 @@ class Workload:
             raise InputError(f"with guidance the batch holds two halves and must be even, got --batch {self.batch}")
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-        for name in ("resolution", "threads"):
+        for name in ("resolution", "threads", "frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
@@ -51,8 +53,8 @@ class Workload:
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
+        """JSON-able; `frames` only where it is said, so that files of image models are as they always were."""
+        return {name: value for name, value in asdict(self).items() if name != "frames" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Workload:

@@ -13,7 +13,8 @@ from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.places import Attached, StandIn
-from shiva_search.runtime.pruned_block import Bypass, Controller, Gate, PrunedBlock
+from shiva_search.runtime.bypass import AffineBypass
+from shiva_search.runtime.pruned_block import Controller, Gate, PrunedBlock
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 
 _MARK = "_shiva_plan"
@@ -29,10 +30,11 @@ class AppliedPlan:
         guidance: whether the two halves of a batch share one selection (eq. 32). None: they do where both hold the same
             images, as pipelines build them for guidance.
         gate: training's estimator.
-        bypasses: the rejected path by layer.
+        bypasses: the rejected path by layer; None: the scorer's own, if it has one.
 
     Raises:
-        InputError: the plan does not fit the model (layers, tokens, fingerprint).
+        InputError: the plan does not fit the model (layers, tokens, fingerprint), asks for a bypass that is not there, or
+            for keys of all tokens in a block that cannot have them.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class AppliedPlan:
         *,
         guidance: bool | None = None,
         gate: Gate | None = None,
-        bypasses: Mapping[int, Bypass] | None = None,
+        bypasses: Mapping[int, AffineBypass] | None = None,
     ) -> None:
         if plan.layer_count != model.layer_count or plan.tokens != model.tokens:
             raise InputError(
@@ -53,14 +55,16 @@ class AppliedPlan:
         plan.check_model(model.fingerprint())
         self.model = model
         self.plan = plan
+        scorer = scorer_by_name(scorer) if isinstance(scorer, str) else scorer
         self.controller = Controller(
-            rows=plan.tokens_kept,
+            rows=plan.rows,
             tokens=plan.tokens,
-            scorer=scorer_by_name(scorer) if isinstance(scorer, str) else scorer,
+            scorer=scorer,
             guidance=bool(guidance),
             gate=gate,
-            bypasses=bypasses or {},
+            bypasses=getattr(scorer, "bypasses", {}) if bypasses is None else bypasses,
         )
+        self._check_rows()
         self._looks_for_halves = guidance is None
         self.root_arguments = model.root_arguments
         self._afterwards: list[Callable[[], object]] = []
@@ -71,6 +75,24 @@ class AppliedPlan:
         self._root = Attached(model.module, partial(_PlannedForward, self))
         self._compiled: list[tuple[nn.Module, Any]] = []
         object.__setattr__(model.module, _MARK, self)
+
+    def _check_rows(self) -> None:
+        for row in self.plan.rows:
+            for layer, choice in zip(self.model.layers, row, strict=True):
+                if choice >= self.plan.tokens:
+                    continue
+                bypass = self.controller.bypasses.get(layer.index)
+                if choice.rank and (bypass is None or choice.rank not in bypass.ranks):
+                    known = "none" if bypass is None else f"one with ranks {', '.join(map(str, bypass.ranks))}"
+                    raise InputError(
+                        f"layer {layer.index} of this plan sends rejected tokens through a bypass of rank {choice.rank}, and "
+                        f"its selector has {known}; pass the selector the plan was made with (selector.safetensors)"
+                    )
+                if choice.attend == "all" and choice > 0 and not layer.attends_all:
+                    raise InputError(
+                        f"layer {layer.index} of this plan attends to all tokens, which {type(layer.module).__name__} of "
+                        f"family {self.model.family.name!r} cannot; use a plan with attend kept"
+                    )
 
     def put_on(self) -> None:
         """Put the plan on again after it was taken off, with all that was compiled for it."""
@@ -104,6 +126,8 @@ class AppliedPlan:
             InputError: the samples of a batch lie in several segments of the plan.
         """
         controller = self.controller
+        if self.model.has_joint_blocks:  # the other blocks see for themselves
+            self.model.check_tokens(named, self.plan.tokens)
         controller.t_B = self.model.times(named)
         controller.history = None
         controller.row = 0
@@ -177,10 +201,12 @@ class _PlannedForward(StandIn):
         return output
 
 
-def _equal_halves(images: torch.Tensor) -> torch.Tensor | None:
+def _equal_halves(images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | None:
     """Whether both halves of a batch hold the same images, as a scalar on their device; None for an odd batch."""
     if len(images) % 2:
         return None
+    if not isinstance(images, torch.Tensor):  # Z-Image takes a list
+        images = torch.stack(list(images))
     first, second = images.chunk(2)
     return (first == second).all()
 

@@ -14,7 +14,10 @@ import torch
 from torch import nn
 
 from shiva_search.errors import InputError
+from shiva_search.models.joint import CONTEXT
 from shiva_search.models.model import Layer
+from shiva_search.records.plan import Kept
+from shiva_search.runtime.bypass import AffineBypass, BypassBank
 from shiva_search.runtime.places import StandIn
 from shiva_search.runtime.scorers import History, TokenScorer
 from shiva_search.runtime.step_caches import HeldChoice
@@ -35,10 +38,6 @@ class Gate(Protocol):
     def stay(self, x_BND: torch.Tensor, pi_BN: torch.Tensor) -> torch.Tensor: ...
 
 
-#: The rejected path: (x_BND, condition_BC) -> the cheap update [B, N, D] of every token.
-Bypass = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
 @dataclass(frozen=True)
 class Resume:
     """Where a forward may start again: what came out of `layer`, and the history after it."""
@@ -53,7 +52,7 @@ class Controller:
     """What the pruned blocks of one model read during a forward.
 
     Attributes:
-        rows: tokens kept per layer, a row per segment.
+        rows: what each layer does, a row per segment: tokens kept, or `Kept` with a bypass or another attention.
         row: the row in force, set from the timestep at the start of each forward.
         tokens: N.
         scorer: ranks tokens.
@@ -61,7 +60,7 @@ class Controller:
         halves: where guidance is not known beforehand: a scalar tensor, true if the forward under way has two halves
             of equal images. It stays on its device, so that nothing waits for it.
         gate: training's estimator, or None.
-        bypasses: the rejected path by layer; missing means identity.
+        bypasses: the rejected path by layer, for layers that ask for a rank of it.
         t_B: normalised time of the forward under way.
         history: kept up to date where the scorer asks for it.
         record: layers whose output is wanted; they land in `recorded`.
@@ -76,7 +75,7 @@ class Controller:
     guidance: bool = False
     halves: torch.Tensor | None = None
     gate: Gate | None = None
-    bypasses: Mapping[int, Bypass] = field(default_factory=dict)
+    bypasses: Mapping[int, AffineBypass] = field(default_factory=dict)
     row: int = 0
     t_B: torch.Tensor | None = None
     history: History | None = None
@@ -86,15 +85,36 @@ class Controller:
     entered: set[int] = field(default_factory=set)
     observer: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
 
-    def scores(self, layer: int, x_BND: torch.Tensor, condition_BC: torch.Tensor) -> torch.Tensor:
-        """Scores [B, N] of one layer, shared between guidance halves where the batch has them."""
+    @property
+    def ranks_by_bypass(self) -> bool:
+        """Whether tokens are ranked by what their bypass misses."""
+        return isinstance(self.scorer, BypassBank)
+
+    def scores(
+        self, layer: int, rank: int, x_BND: torch.Tensor, condition_BC: torch.Tensor, hidden_BNQ: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Scores [B, N] of one layer, shared between guidance halves where the batch has them.
+
+        Args:
+            layer: index.
+            rank: of the layer's bypass.
+            x_BND: tokens.
+            condition_BC: the backbone's embedding of timestep and condition.
+            hidden_BNQ: what the layer's bypass read of the tokens; needed where it ranks them.
+        """
         assert self.t_B is not None
         if self.t_B.device != x_BND.device:  # an offloading hook moved the tokens after the forward began
             self.t_B = self.t_B.to(x_BND.device)
             self.halves = None if self.halves is None else self.halves.to(x_BND.device)
         if isinstance(self.scorer, nn.Module) and not torch.compiler.is_compiling():
             _follow(self.scorer, x_BND.device)
-        if getattr(self.scorer, "uses_history", False):
+        if self.ranks_by_bypass:
+            bypass = self.bypasses[layer]
+            if torch.is_grad_enabled():  # a ranking learns from what it did, not from how the tokens came about
+                hidden_BNQ = bypass.read(x_BND.detach(), condition_BC.detach(), self.row)
+            assert hidden_BNQ is not None
+            scores_BN = bypass.scores(hidden_BNQ, rank)
+        elif getattr(self.scorer, "uses_history", False):
             history = self.history or _no_history(x_BND)
             scores_BN = self.scorer(x_BND, self.t_B, condition_BC, layer, history=history)  # type: ignore[call-arg]
         else:
@@ -124,6 +144,10 @@ def _follow(scorer: nn.Module, device: torch.device) -> None:
         scorer.to(device)
 
 
+def _no_tokens(x_BND: torch.Tensor) -> torch.Tensor:
+    return torch.empty(len(x_BND), 0, dtype=torch.int64, device=x_BND.device)
+
+
 def _no_history(x_BND: torch.Tensor) -> History:
     zeros_BN = torch.zeros(x_BND.shape[:2], device=x_BND.device)
     return History(zeros_BN, zeros_BN)
@@ -144,8 +168,17 @@ class PrunedBlock(StandIn):
         Raises:
             InputError: another number of image tokens than the plan is for.
         """
-        controller, adapter, index = self.controller, self.layer.adapter, self.layer.index
+        adapter = self.layer.adapter
         kwargs.update(zip(self.layer.arguments, args, strict=False))
+        if adapter.joint is None or CONTEXT in kwargs:
+            return self._run(self.forward, kwargs)
+        apart = adapter.apart(self.forward)
+        whole = adapter.around(lambda **split: self._run(apart, split), self.layer.arguments, self.controller.tokens)
+        return whole(**kwargs)
+
+    def _run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """Image tokens alone in their argument; `forward` takes them so."""
+        controller, adapter, index = self.controller, self.layer.adapter, self.layer.index
         x_BND: torch.Tensor = kwargs[adapter.tokens]
         if x_BND.shape[1] != controller.tokens:
             raise InputError(
@@ -160,14 +193,14 @@ class PrunedBlock(StandIn):
                 return adapter.pack(x_BND, kwargs.get(adapter.context) if adapter.context else None)
             controller.history = resume.history
             return resume.output
-        k = controller.rows[controller.row][index]
-        if k >= controller.tokens:
+        choice = Kept.of(controller.rows[controller.row][index])
+        if choice >= controller.tokens:
             if not torch.compiler.is_compiling():
-                self.held.find(len(x_BND), k)
-                self.held.hold(len(x_BND), k, None)
-            output, kept_BK = self.forward(**kwargs), None
+                self.held.find(len(x_BND), int(choice))
+                self.held.hold(len(x_BND), int(choice), None)
+            output, kept_BK = forward(**kwargs), None
         else:
-            output, kept_BK = self._pruned(x_BND, k, kwargs)
+            output, kept_BK = self._pruned(x_BND, choice, forward, kwargs)
         if controller.observer is not None or getattr(controller.scorer, "uses_history", False):
             out_BND, _ = adapter.unpack(output)
             controller.remember(x_BND, out_BND, kept_BK)
@@ -177,24 +210,27 @@ class PrunedBlock(StandIn):
             controller.recorded[index] = Resume(index, output, controller.history)
         return output
 
-    def _pruned(self, x_BND: torch.Tensor, k: int, kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
-        controller, adapter, index = self.controller, self.layer.adapter, self.layer.index
-        bypass, gate = controller.bypasses.get(index), controller.gate
+    def _pruned(
+        self, x_BND: torch.Tensor, choice: Kept, forward: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, torch.Tensor]:
+        controller, adapter, block = self.controller, self.layer.adapter, self.layer.module
+        index, k, rank, gate = self.layer.index, int(choice), choice.rank, controller.gate
         context = kwargs.get(adapter.context) if adapter.context else None
-        needs_condition = k > 0 or bypass is not None
-        condition_BC = adapter.condition(self.layer.module, kwargs) if needs_condition else None
-        rejected_BND = x_BND
-        if bypass is not None:
-            assert condition_BC is not None
-            rejected_BND = x_BND + bypass(x_BND, condition_BC)
-        if k == 0:
-            kept_BK = torch.empty(len(x_BND), 0, dtype=torch.int64, device=x_BND.device)
-            return adapter.pack(rejected_BND, context), kept_BK
-        assert condition_BC is not None
+        if not (k or rank):
+            return adapter.pack(x_BND, context), _no_tokens(x_BND)
+        condition_BC = adapter.condition(block, kwargs)
+        hidden_BNQ, rejected_BND = None, x_BND
+        if rank or controller.ranks_by_bypass:
+            bypass = controller.bypasses[index]
+            hidden_BNQ = bypass.read(x_BND, condition_BC, controller.row)
+            if rank:
+                rejected_BND = bypass.move(x_BND, hidden_BNQ, rank, controller.row)
+        if not k:
+            return adapter.pack(rejected_BND, context), _no_tokens(x_BND)
         if gate is None:
-            kept_BK = self._chosen(x_BND, condition_BC, k)
+            kept_BK = self._chosen(x_BND, condition_BC, choice, hidden_BNQ)
         else:
-            scores_BN = gate.perturb(controller.scores(index, x_BND, condition_BC))
+            scores_BN = gate.perturb(controller.scores(index, rank, x_BND, condition_BC, hidden_BNQ))
             kept_BK = top_k(scores_BN.detach(), k)
         x_kept_BKD = gather_tokens(x_BND, kept_BK)
         entering_BKD = x_kept_BKD
@@ -203,20 +239,28 @@ class PrunedBlock(StandIn):
             pi_kept_BK = pi_BN.gather(1, kept_BK)
             entering_BKD = gate.enter(x_kept_BKD, pi_kept_BK)
             rejected_BND = gate.stay(rejected_BND, pi_BN)
-        inputs = adapter.gather({**kwargs, adapter.tokens: entering_BKD}, kept_BK, controller.tokens)
-        out_BKD, out_context = adapter.unpack(self.forward(**inputs))
+        if choice.attend == "all":
+            assert adapter.attend_all is not None  # AppliedPlan has seen to it
+            output = adapter.attend_all(block, kwargs, kept_BK, entering_BKD)
+        else:
+            output = forward(**adapter.gather({**kwargs, adapter.tokens: entering_BKD}, kept_BK, controller.tokens))
+        out_BKD, out_context = adapter.unpack(output)
         if gate is not None:
             # With a bypass, the difference of the two paths is block output minus bypass output.
-            other_BKD = x_kept_BKD if bypass is None else gather_tokens(rejected_BND, kept_BK)
+            other_BKD = gather_tokens(rejected_BND, kept_BK) if rank else x_kept_BKD
             out_BKD = gate.leave(other_BKD, out_BKD, pi_kept_BK)
-        return adapter.pack(scatter_tokens(rejected_BND, kept_BK, out_BKD), out_context), kept_BK
+        # What the bypass made is ours alone, so the kept rows may be written into it.
+        own = bool(rank) and not torch.is_grad_enabled()
+        return adapter.pack(scatter_tokens(rejected_BND, kept_BK, out_BKD, own=own), out_context), kept_BK
 
-    def _chosen(self, x_BND: torch.Tensor, condition_BC: torch.Tensor, k: int) -> torch.Tensor:
+    def _chosen(
+        self, x_BND: torch.Tensor, condition_BC: torch.Tensor, choice: Kept, hidden_BNQ: torch.Tensor | None
+    ) -> torch.Tensor:
         """Indices [B, K] of the tokens to keep, ascending; a cache inside the block may hold the choice of a step before."""
-        eager = not torch.compiler.is_compiling()
+        eager, k = not torch.compiler.is_compiling(), int(choice)
         kept_BK = self.held.find(len(x_BND), k) if eager else None
         if kept_BK is None:
-            scores_BN = self.controller.scores(self.layer.index, x_BND, condition_BC)
+            scores_BN = self.controller.scores(self.layer.index, choice.rank, x_BND, condition_BC, hidden_BNQ)
             kept_BK = top_k(scores_BN.detach(), k)
             if eager:
                 self.held.hold(len(x_BND), k, kept_BK)

@@ -21,11 +21,13 @@ def gather_tokens(x_BND: torch.Tensor, kept_BK: torch.Tensor) -> torch.Tensor:
     return x_BND.reshape(-1, width).index_select(0, _rows(kept_BK, x_BND.shape[1])).view(*kept_BK.shape, width)
 
 
-def scatter_tokens(x_BND: torch.Tensor, kept_BK: torch.Tensor, updated_BKD: torch.Tensor) -> torch.Tensor:
-    """x with the kept rows replaced (eq. 4). x itself is left alone."""
-    width = x_BND.shape[-1]
-    table = x_BND.reshape(-1, width).index_copy(0, _rows(kept_BK, x_BND.shape[1]), updated_BKD.reshape(-1, width))
-    return table.view(x_BND.shape)
+def scatter_tokens(
+    x_BND: torch.Tensor, kept_BK: torch.Tensor, updated_BKD: torch.Tensor, own: bool = False
+) -> torch.Tensor:
+    """x with the kept rows replaced (eq. 4). x itself is left alone, unless it is the caller's `own` to overwrite."""
+    table, updated = x_BND.reshape(-1, x_BND.shape[-1]), updated_BKD.reshape(-1, x_BND.shape[-1])
+    rows = _rows(kept_BK, x_BND.shape[1])
+    return (table.index_copy_(0, rows, updated) if own else table.index_copy(0, rows, updated)).view(x_BND.shape)
 
 
 def _rows(kept_BK: torch.Tensor, tokens: int) -> torch.Tensor:

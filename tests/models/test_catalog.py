@@ -24,6 +24,15 @@ PUBLISHED = {
     "pixart-sigma": (0.611, 4096, 28, 300, 2),
     "pixart-alpha": (0.611, 4096, 28, 120, 2),
     "dit-xl-2": (0.750, 256, 28, None, 2),
+    "auraflow-v0.3": (6.859, 4096, 36, 256, 2),
+    "cogview4-6b": (6.369, 4096, 28, 224, 1),
+    "lumina-image-2.0": (2.610, 4096, 26, 256, 1),
+    "flux.2-dev": (32.223, 4096, 56, 512, 1),
+    "qwen-image": (20.430, 4096, 60, 256, 1),
+    "z-image-turbo": (6.155, 4096, 30, 128, 1),
+    "wan2.1-t2v-14b": (14.288, 18900, 40, 512, 1),
+    "wan2.1-t2v-1.3b": (1.419, 18900, 30, 512, 1),
+    "ltx-video": (1.923, 5376, 28, 128, 2),
 }
 
 
@@ -34,7 +43,7 @@ def test_architectures_have_their_published_size(name: str) -> None:
     workload = model.workload
     found = (round(parameters / 1e9, 3), model.tokens, model.layer_count, workload.text_tokens, workload.batch)
     assert found == PUBLISHED[name]
-    assert workload.guidance == (not name.startswith("flux"))
+    assert workload.guidance == (workload.batch == 2)
     assert "weights_hash" not in model.fingerprint()
 
 
@@ -49,6 +58,19 @@ def test_large_architectures_are_shapes_and_run_as_such() -> None:
     assert {parameter.dtype for parameter in model.module.parameters()} == {torch.bfloat16}
     assert len({layer.signature for layer in model.layers}) == 2
     assert model.tokens == 256
+
+
+def test_a_model_that_looks_at_its_inputs_is_not_given_as_shapes() -> None:
+    with pytest.raises(UnavailableError, match="lumina-image-2.0 takes 9.7 GiB.*bfloat16"):
+        load_model("lumina-image-2.0")
+
+
+def test_tokens_of_videos_are_latent_frames_times_height_times_width() -> None:
+    assert load_model("wan2.1-t2v-1.3b", real=False, resolution=256, frames=9).tokens == 3 * 16 * 16
+    assert load_model("ltx-video", real=False, resolution=256, frames=9).tokens == 2 * 8 * 8
+    for name, multiple in (("wan2.1-t2v-1.3b", 4), ("ltx-video", 8)):
+        with pytest.raises(InputError, match=f"multiple of {multiple} and one more, got --frames 16"):
+            _ = load_model(name, real=False, frames=16).tokens
 
 
 def test_a_plan_for_shapes_fits_any_weights_of_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +118,9 @@ def test_the_workload_replaces_defaults() -> None:
         ("flux.1-dev", {"resolution": 1000}, "multiple of 16"),
         ("pixart-alpha", {"resolution": 1001}, "multiple of 16"),
         ("dit-xl-2", {"resolution": 100}, "multiple of 16"),
+        ("auraflow-v0.3", {"resolution": 2048}, "up to 1536 pixels"),
+        ("wan2.1-t2v-14b", {"resolution": 100}, "multiple of 16"),
+        ("ltx-video", {"resolution": 100}, "multiple of 32"),
     ],
 )
 def test_resolutions_a_model_cannot_have_are_refused(name: str, workload: dict[str, int], message: str) -> None:
@@ -120,6 +145,12 @@ def test_a_class_without_adapter_is_refused(tmp_path: Path) -> None:
         ss.wrap(nn.Linear(2, 2), example={})
 
 
+def test_a_class_that_allows_no_plan_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "SanaTransformer2DModel"}')
+    with pytest.raises(InputError, match="convolution over the grid of image tokens"):
+        load_model(str(tmp_path))
+
+
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     FAMILY_CASES[0].module().save_pretrained(tmp_path)  # type: ignore[operator]
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
@@ -139,7 +170,8 @@ def test_wrap_reads_the_workload_from_an_example(case: FamilyCase) -> None:
     inputs = case.model().example(seed=1)
     model = ss.wrap(case.module(), example=inputs)
     assert model.workload.batch == 2
-    assert model.tokens == 16
+    assert model.tokens == case.model().tokens
+    assert model.workload.frames == case.workload.get("frames")
     if "encoder_hidden_states" in inputs:
         assert model.workload.text_tokens == inputs["encoder_hidden_states"].shape[1]
     with ss.apply_plan(model, ss.Plan.uniform(model, 0.5)):
@@ -149,7 +181,9 @@ def test_wrap_reads_the_workload_from_an_example(case: FamilyCase) -> None:
 
 def test_wrap_refuses_examples_that_are_not_square() -> None:
     for case in FAMILY_CASES:
-        inputs = case.model().example()
-        cut = inputs["hidden_states"][:, :12] if case.name.startswith("flux") else inputs["hidden_states"][..., :4]
+        model = case.model()
+        inputs, image = model.example(), model.family.image_argument
+        packed = inputs[image].ndim == 3
+        cut = inputs[image][:, :12] if packed else inputs[image][..., :4]
         with pytest.raises(InputError, match="square"):
-            ss.wrap(case.module(), example={**inputs, "hidden_states": cut})
+            ss.wrap(case.module(), example={**inputs, image: cut})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +18,21 @@ from tests.models.conformance import FAMILY_CASES, KEEP, FamilyCase, blocks_of, 
 
 
 @pytest.fixture(params=FAMILY_CASES, ids=lambda case: case.name)
-def model(request: pytest.FixtureRequest) -> Iterator[Model]:
-    case: FamilyCase = request.param
+def case(request: pytest.FixtureRequest) -> FamilyCase:
+    found: FamilyCase = request.param
+    return found
+
+
+@pytest.fixture
+def model(case: FamilyCase) -> Iterator[Model]:
     model = case.model()
     yield model
     assert not model.module._forward_pre_hooks
     assert not [layer.name for layer in model.layers if "forward" in vars(layer.module)]
 
 
-def test_keep_all_is_bit_identical(model: Model) -> None:
-    inputs = model.example(seed=1)
+def test_keep_all_is_bit_identical(case: FamilyCase, model: Model) -> None:
+    inputs = case.example(model, seed=1)
     assert model.workload.batch == 2
     dense = model.predict(inputs)
     with AppliedPlan(model, Plan.dense(model), "norm"):
@@ -36,8 +43,8 @@ def test_keep_all_is_bit_identical(model: Model) -> None:
 
 
 @pytest.mark.parametrize("keep", KEEP)
-def test_pruned_equals_a_loop_over_samples_and_tokens(model: Model, keep: float) -> None:
-    row, inputs = uniform_row(model, keep), model.example(seed=2)
+def test_pruned_equals_a_loop_over_samples_and_tokens(case: FamilyCase, model: Model, keep: float) -> None:
+    row, inputs = uniform_row(model, keep), case.example(model, seed=2)
     expected = output_tensor(slow_copy(model, row, norm_scores)(**inputs))
     kept_by_layer: dict[int, torch.Tensor] = {}
     with AppliedPlan(model, Plan.from_rows(model, [row]), "norm", guidance=False) as applied:
@@ -47,22 +54,22 @@ def test_pruned_equals_a_loop_over_samples_and_tokens(model: Model, keep: float)
     torch.testing.assert_close(planned, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_skipped_blocks_equal_the_loop(model: Model) -> None:
+def test_skipped_blocks_equal_the_loop(case: FamilyCase, model: Model) -> None:
     row = [model.tokens, 0, 5, *[1] * (model.layer_count - 4), 0]
-    inputs = model.example(seed=3)
+    inputs = case.example(model, seed=3)
     expected = output_tensor(slow_copy(model, row, norm_scores)(**inputs))
     with AppliedPlan(model, Plan.from_rows(model, [row]), "norm", guidance=False):
         torch.testing.assert_close(model.predict(inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_equal_those_of_the_loop(model: Model) -> None:
-    row, inputs = uniform_row(model, KEEP[0]), model.example(seed=4)
+def test_gradients_equal_those_of_the_loop(case: FamilyCase, model: Model) -> None:
+    row, inputs = uniform_row(model, KEEP[0]), case.example(model, seed=4)
     slow = slow_copy(model, row, norm_scores)
     gradients = []
     for module in (slow, model.module):
-        image = inputs["hidden_states"].clone().requires_grad_()
+        image = inputs[model.family.image_argument].clone().requires_grad_()
         module.requires_grad_(True)
-        call = {**inputs, "hidden_states": image}
+        call = {**inputs, model.family.image_argument: image}
         if module is slow:
             output = output_tensor(module(**call))
         else:
@@ -89,19 +96,20 @@ def test_samples_do_not_depend_on_their_batch(model: Model) -> None:
     torch.testing.assert_close(together[[2, 0]], picked, atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_said_of_the_model_is_what_its_blocks_see(model: Model) -> None:
+def test_what_is_said_of_the_model_is_what_its_blocks_see(case: FamilyCase, model: Model) -> None:
     seen: dict[str, torch.Tensor] = {}
     layer = model.layers[0]
     handle = layer.module.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update({**kwargs, **dict(zip(layer.arguments, args, strict=False))}),
         with_kwargs=True,
     )
-    inputs = model.example(seed=5)
+    inputs = case.example(model, seed=5)
     try:
         output = model.predict(inputs)
     finally:
         handle.remove()
-    assert seen[layer.adapter.tokens].shape[:2] == (model.workload.batch, model.tokens)
+    apart = layer.adapter.split(seen, model.tokens)
+    assert apart[layer.adapter.tokens].shape[:2] == (model.workload.batch, model.tokens)
     assert layer.adapter.condition(layer.module, seen).ndim == 2
     assert output.isfinite().all()
     assert model.fingerprint()["tokens"] == model.tokens
@@ -123,25 +131,75 @@ def test_drawn_batches_are_stratified_and_repeatable(model: Model) -> None:
     torch.testing.assert_close(model.times(first.inputs), first.t_B, atol=1e-3, rtol=0)
 
 
-def test_guidance_halves_of_one_image_share_their_selection(model: Model) -> None:
-    inputs = model.example(seed=6)
+def test_guidance_halves_of_one_image_share_their_selection(case: FamilyCase, model: Model) -> None:
+    inputs = case.example(model, seed=6)
     kept_of: list[torch.Tensor] = []
     with AppliedPlan(model, Plan.uniform(model, 0.5), "norm") as applied:
         applied.controller.observer = lambda layer, x, out, kept: kept_of.append(kept) if layer else None
         model.predict(inputs)
         assert any(not torch.equal(kept[0], kept[1]) for kept in kept_of)
         kept_of.clear()
-        half = inputs["hidden_states"][:1]
-        model.predict({**inputs, "hidden_states": torch.cat([half, half])})
+        half = inputs[model.family.image_argument][:1]
+        model.predict({**inputs, model.family.image_argument: torch.cat([half, half])})
         assert all(torch.equal(kept[0], kept[1]) for kept in kept_of)
 
 
 def test_another_resolution_than_the_plans_is_refused(model: Model) -> None:
-    larger = model.like(model.example()).family.example(
-        model.config, model.workload.override(resolution=96), torch.Generator().manual_seed(0)
-    )
-    with AppliedPlan(model, Plan.uniform(model, 0.5)), pytest.raises(InputError, match="16 image tokens.* 36"):
-        model.predict(larger)
+    side = model.family.resolution_of(model.config, model.tokens, model.family.planes(model.config, model.workload))
+    larger = model.at(side * 3 // 2)
+    assert 4 * larger.tokens == 9 * model.tokens
+    refusal = pytest.raises(InputError, match=f"{model.tokens} image tokens.* {larger.tokens}")
+    with AppliedPlan(model, Plan.uniform(model, 0.5)), refusal:
+        model.predict(larger.example())
+
+
+def _per_token_timesteps(inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    return {**inputs, "timestep": inputs["timestep"][:, None].expand(-1, tokens)}
+
+
+#: Calls that modulate every token for itself or hold several images, which no plan is for.
+OTHER_USES: dict[str, tuple[Callable[[dict[str, Any], int], dict[str, Any]], str]] = {
+    "wan": (_per_token_timesteps, "timestep for each token"),
+    "ltx-video": (_per_token_timesteps, "timestep for each token"),
+    "flux2": (lambda inputs, tokens: {**inputs, "kv_cache_mode": "extract", "num_ref_tokens": 4}, "reference images"),
+    "z-image": (
+        lambda inputs, tokens: {
+            **inputs,
+            "x": [[image] for image in inputs["x"]],
+            "cap_feats": [[caption] for caption in inputs["cap_feats"]],
+            "siglip_feats": [None, None],
+            "image_noise_mask": [[1], [1]],
+        },
+        "omni mode",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_USES)
+def test_uses_that_no_plan_is_for_are_refused(name: str) -> None:
+    model = next(case for case in FAMILY_CASES if case.name == name).model()
+    change, reason = OTHER_USES[name]
+    with AppliedPlan(model, Plan.uniform(model, 0.5)), pytest.raises(InputError, match=reason):
+        model.predict(change(model.example(), model.tokens))
+
+
+def test_qwen_image_with_reference_images_is_refused() -> None:
+    case = next(case for case in FAMILY_CASES if case.name == "qwen-image")
+    model = replace(case, config={**case.config, "zero_cond_t": True}).model()
+    with AppliedPlan(model, Plan.dense(model)):
+        model.predict(model.example())
+    with AppliedPlan(model, Plan.uniform(model, 0.5)), pytest.raises(InputError, match="reference images"):
+        model.predict(model.example())
+
+
+def test_lists_of_images_are_told_to_be_halves_of_guidance() -> None:
+    model = next(case for case in FAMILY_CASES if case.name == "z-image").model()
+    inputs = model.example()
+    kept_of: list[torch.Tensor] = []
+    with AppliedPlan(model, Plan.uniform(model, 0.5), "norm") as applied:
+        applied.controller.observer = lambda layer, x, out, kept: kept_of.append(kept) if layer else None
+        model.predict({**inputs, "x": [inputs["x"][0], inputs["x"][0].clone()]})
+    assert kept_of and all(torch.equal(kept[0], kept[1]) for kept in kept_of)
 
 
 def test_rotary_tables_are_read_only_as_diffusers_reads_them() -> None:
@@ -151,5 +209,8 @@ def test_rotary_tables_are_read_only_as_diffusers_reads_them() -> None:
     assert torch.equal(table[None, None, :, :], rows[:, None])
     with pytest.raises(InputError, match="rotary tables"):
         table[:, None]
+    assert torch.equal(table.unsqueeze(1), rows[:, :, None])
+    with pytest.raises(InputError, match=r"unsqueeze\(2\)"):
+        table.unsqueeze(2)
     with pytest.raises(AttributeError):
-        table.unsqueeze(2)  # type: ignore[attr-defined]
+        table.chunk(2)  # type: ignore[attr-defined]

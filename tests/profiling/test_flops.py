@@ -16,6 +16,7 @@ from shiva_search.profiling.conditions import record_inputs
 from shiva_search.profiling.flops import BlockFlops, ModelFlops
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
+from tests.models.conformance import FAMILY_CASES, FamilyCase
 
 
 def of_shapes(name: str, resolution: int, text: int | None) -> Model:
@@ -98,6 +99,20 @@ def test_whole_plans_agree_with_torch() -> None:
         by_torch = counted_by_torch(lambda: model.module(**inputs))
     assert flops.plan(plan) == pytest.approx(by_torch, rel=0.01)
     assert flops.plan(Plan.dense(model)) == pytest.approx(flops.dense)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES, ids=lambda case: case.name)
+def test_blocks_of_every_family_agree_with_torch(case: FamilyCase) -> None:
+    model = case.model()
+    for signature, kwargs in record_inputs(model, case.example(model, 0)).items():
+        layer = next(layer for layer in model.layers if layer.signature == signature)
+        flops, adapter = BlockFlops(layer, kwargs, model.tokens), layer.adapter
+        for k in (3, model.tokens):
+            kept_BK = torch.arange(k).expand(2, k)
+            inputs = {**kwargs, adapter.tokens: kwargs[adapter.tokens][:, :k]}
+            call = adapter.join(adapter.gather(inputs, kept_BK, model.tokens) if k < model.tokens else inputs)
+            by_torch = counted_by_torch(lambda: layer.module(**call))  # noqa: B023
+            assert flops(k) == pytest.approx(by_torch, rel=0.01)
 
 
 def test_a_model_of_shapes_counts_the_same() -> None:

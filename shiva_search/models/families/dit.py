@@ -18,6 +18,7 @@ from shiva_search.models.blocks import (
     patches_per_side,
     square_side,
 )
+from shiva_search.models.families.basic_block import attend_all
 from shiva_search.records.workload import Workload
 
 
@@ -75,7 +76,9 @@ DIT = Family(
     name="dit",
     model_class="DiTTransformer2DModel",
     adapters={
-        "BasicTransformerBlock": BlockAdapter("BasicTransformerBlock", condition=_condition, gather=keep_masked_columns)
+        "BasicTransformerBlock": BlockAdapter(
+            "BasicTransformerBlock", condition=_condition, gather=keep_masked_columns, attend_all=attend_all
+        )
     },
     tokens=_tokens,
     pixels_per_token=_pixels_per_token,

@@ -22,6 +22,7 @@ from shiva_search.models.blocks import (
     patches_per_side,
     square_side,
 )
+from shiva_search.models.families.basic_block import attend_all
 from shiva_search.records.workload import Workload
 
 _PIXELS = 8  # per latent position and side
@@ -105,7 +106,9 @@ PIXART = Family(
     name="pixart",
     model_class="PixArtTransformer2DModel",
     adapters={
-        "BasicTransformerBlock": BlockAdapter("BasicTransformerBlock", condition=_condition, gather=keep_masked_columns)
+        "BasicTransformerBlock": BlockAdapter(
+            "BasicTransformerBlock", condition=_condition, gather=keep_masked_columns, attend_all=attend_all
+        )
     },
     tokens=_tokens,
     pixels_per_token=_pixels_per_token,
