@@ -33,7 +33,8 @@ from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.scorers import SCORERS, TokenScorer
 from shiva_search.search.fidelity import FidelityEvaluator
-from shiva_search.selection.router import Router, load_selector
+from shiva_search.selection.loading import load_selector
+from shiva_search.selection.router import Router
 from shiva_search.selection.training import tune, warm_up
 
 KEEP = 0.6

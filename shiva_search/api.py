@@ -130,7 +130,7 @@ def train_selector(
 def warm_up(model: Model, steps: int | None = None, *, seed: int = 0, **options: Any) -> Router:
     """A router that serves every ratio: the one that ships with the model, or one trained now for `steps`."""
     from shiva_search.models.catalog import shipped_router
-    from shiva_search.selection.router import load_selector as load
+    from shiva_search.selection.loading import load_selector as load
     from shiva_search.selection.training import warm_up as train
 
     shipped = shipped_router(model)
@@ -145,7 +145,7 @@ def load_selector(path: str | Path) -> Router:
     Raises:
         InputError: missing, unreadable or not a selector.
     """
-    from shiva_search.selection.router import load_selector as load
+    from shiva_search.selection.loading import load_selector as load
 
     path = Path(path)
     return load(path / "selector.safetensors" if path.is_dir() else path)

@@ -51,7 +51,7 @@ def save_pretrained(
         InputError: no model is named in the plan, selector or adapters do not belong to it, or nothing can be written.
     """
     from shiva_search.selection.adapters import load_adapters, rank_of, save_adapters
-    from shiva_search.selection.router import load_selector
+    from shiva_search.selection.loading import load_selector
 
     plan = plan if isinstance(plan, Plan) else Plan.from_file(plan)
     if not plan.model:

@@ -15,27 +15,16 @@ Legend: S timestep segments, B samples, N tokens, D width, C condition width, R 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from shiva_search.errors import InputError
+from shiva_search.runtime.selector import Selector
 
 _EPS = 1e-5  # of the variance, as in nn.LayerNorm
-
-
-class Bypass(Protocol):
-    """The rejected path of one layer."""
-
-    def read(self, x_BND: torch.Tensor, condition_BC: torch.Tensor, row: int) -> torch.Tensor:
-        """Hidden values [B, N, R] of all tokens; `row` is the plan's timestep segment."""
-        ...
-
-    def move(self, x_BND: torch.Tensor, hidden_BNR: torch.Tensor, rank: int, row: int) -> torch.Tensor:
-        """Tokens after the cheap path [B, N, D], a new tensor."""
-        ...
 
 
 class AffineBypass(nn.Module):
@@ -62,7 +51,13 @@ class AffineBypass(nn.Module):
         self.mean = nn.Parameter(torch.zeros(segments, width))
 
     def read(self, x_BND: torch.Tensor, condition_BC: torch.Tensor, row: int = 0) -> torch.Tensor:
-        """See Bypass; [B, N, R + V], scores last."""
+        """What the bypass needs to know of all tokens, [B, N, R + V]: hidden values, then scores.
+
+        Args:
+            x_BND: tokens as they enter the layer, any floating dtype.
+            condition_BC: the backbone's own embedding of timestep and condition.
+            row: the plan's timestep segment.
+        """
         row = row if self.segments > 1 else 0
         width, dtype = x_BND.shape[-1], x_BND.dtype
         normed_QD = self.over_normed[row]
@@ -86,7 +81,14 @@ class AffineBypass(nn.Module):
         return hidden_BNQ[..., self.rank + self._place(rank)]
 
     def move(self, x_BND: torch.Tensor, hidden_BNR: torch.Tensor, rank: int, row: int = 0) -> torch.Tensor:
-        """See Bypass."""
+        """The tokens after the cheap path [B, N, D], a new tensor.
+
+        Args:
+            x_BND: tokens.
+            hidden_BNR: as `read` gives them.
+            rank: hidden values to use.
+            row: the plan's timestep segment.
+        """
         row, rank = (row if self.segments > 1 else 0), min(rank, self.rank)
         if not rank:
             return x_BND + self.mean[row].to(x_BND.dtype)
@@ -102,33 +104,45 @@ class AffineBypass(nn.Module):
         return self.ranks.index(rank)
 
 
-class BypassBank(nn.Module):
+class BypassBank(Selector):
     """The bypasses of all layers but the first, and a scorer: tokens that their bypass serves worst are kept.
 
     Attributes:
-        kind: "mean" or "affine".
+        bypass_kind: "mean" or "affine".
         ranks: on offer; 0 is always one.
-        model: fingerprint of the model it was made for; empty where unknown.
-        origin: how it was fit, JSON-able.
+        model, origin: see Selector.
     """
 
+    kind = "shiva-search bypass"
+
     def __init__(
-        self, layers: int, width: int, condition_width: int, kind: str, ranks: Sequence[int], segments: int = 1
+        self,
+        layers: int,
+        width: int,
+        condition_width: int,
+        bypass_kind: str = "affine",
+        ranks: Sequence[int] = (0, 8, 16, 32),
+        segments: int = 1,
     ) -> None:
         super().__init__()
-        if kind not in ("mean", "affine") or list(ranks) != sorted({0, *ranks}):
-            raise InputError(f"a bypass is mean or affine with ascending ranks from 0, got {kind!r} and {list(ranks)}")
-        self.kind, self.ranks = kind, tuple(ranks)
-        self.shape = {
-            "layers": layers, "width": width, "condition_width": condition_width, "kind": kind, "ranks": list(ranks),
-            "segments": segments,
-        }  # fmt: skip
-        rank = max(ranks) if kind == "affine" else 0
+        if bypass_kind not in ("mean", "affine") or list(ranks) != sorted({0, *ranks}):
+            raise InputError(
+                f"a bypass is mean or affine with ascending ranks from 0, got {bypass_kind!r} and {list(ranks)}"
+            )
+        self.bypass_kind, self.ranks, self.segments = bypass_kind, tuple(ranks), segments
+        self.widths = (width, condition_width)
+        rank = max(ranks) if bypass_kind == "affine" else 0
         self.layers = nn.ModuleList(
             AffineBypass(width, condition_width, rank, ranks, segments) for _ in range(layers - 1)
         )
-        self.model: Mapping[str, Any] = {}
-        self.origin: dict[str, Any] = {}
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """See Selector."""
+        return {
+            "layers": len(self.layers) + 1, "width": self.widths[0], "condition_width": self.widths[1],
+            "bypass_kind": self.bypass_kind, "ranks": list(self.ranks), "segments": self.segments,
+        }  # fmt: skip
 
     @property
     def bypasses(self) -> Mapping[int, AffineBypass]:

@@ -83,7 +83,7 @@ def stratified_groups(
 def planned_groups(plan: Plan, batch: Batch, size: int) -> Iterator[Group]:
     """Split a batch by the plan's timestep segments, in pieces of at most `size` samples."""
     segment_of = [plan.row_at(t) for t in batch.t_B.tolist()]
-    for segment, row in enumerate(plan.tokens_kept):
+    for segment, row in enumerate(plan.rows):
         rows = [index for index, found in enumerate(segment_of) if found == segment]
         if rows:
             for piece in batch.take(rows).chunks(size):

@@ -23,6 +23,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.model import Batch, Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.selector import Selector
 from shiva_search.selection.adapters import adapted, adapter_state, adapters_off
 from shiva_search.selection.batches import Group, draw_batch, planned_groups, step_seed
 from shiva_search.selection.distilling import Distiller, frozen, mean_figures
@@ -76,7 +77,7 @@ def learn_policy(
     identity = {
         "stage": "policy", "steps": steps, "seed": seed, "batch_size": batch_size, "groups": groups, "budget": budget,
         "budget_weight": budget_weight, "policy_lr": policy_lr, "logit_noise": logit_noise, **asdict(chosen),
-        "router": asdict(router.config), "model": model.fingerprint(),
+        "router": router.shape, "model": model.fingerprint(),
     }  # fmt: skip
     with frozen(model.module), AppliedPlan(model, Plan.dense(model), router, guidance=False) as applied:
         distiller = Distiller(applied, chosen)
@@ -96,7 +97,7 @@ def learn_policy(
 
 def tune_jointly(
     model: Model,
-    router: Router,
+    router: Selector,
     allocation: Plan | RatioPolicy,
     *,
     budget: float = 1.0,
@@ -141,8 +142,8 @@ def tune_jointly(
         trained += [(allocation, policy_lr), (budget_loss, 0.0)]
     identity = {
         "stage": "joint", "steps": steps, "seed": seed, "batch_size": batch_size, "groups": groups, "rank": rank,
-        "backbone_lr": backbone_lr, "tokens_kept": [list(row) for row in plan.tokens_kept], "budget": budget,
-        **asdict(chosen), "router": asdict(router.config), "model": model.fingerprint(),
+        "backbone_lr": backbone_lr, "rows": [[[int(k), k.rank, k.attend] for k in row] for row in plan.rows], "budget": budget,
+        **asdict(chosen), "router": router.shape, "model": model.fingerprint(),
     }  # fmt: skip
     with adapted(model, rank) as parameters, AppliedPlan(model, plan, router, guidance=False) as applied:
         distiller = AdaptedDistiller(applied, chosen)

@@ -6,27 +6,21 @@ Equation numbers are those of Shiva-DiT, arXiv 2602.05605.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
-from shiva_search.records.files import write_atomic
 from shiva_search.runtime.scorers import History, Stride
+from shiva_search.runtime.selector import Selector
 
-SCHEMA_VERSION = 1
 FEATURES = ("age", "update_size", "spread")
-_KIND = "shiva-search router"
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ class _Unit(nn.Module):
         self.spread = nn.Parameter(torch.ones(config.group)) if "spread" in config.features else None
 
 
-class Router(nn.Module):
+class Router(Selector):
     """Scores tokens: h = P_t(t) + P_c(condition) + P_l(layer), s_i = w . LayerNorm(SiLU(P_x(x_i) + h)) (eq. 8, 9).
 
     A TokenScorer: `router(x_BND, t_B, condition_BC, layer, history=...)`. Tokens are normalised first, since their
@@ -96,19 +90,29 @@ class Router(nn.Module):
     Attributes:
         config: shape.
         uses_history: whether the runtime should keep a History for it.
-        model: fingerprint of the model it was made for; empty where unknown.
-        origin: how it was trained, JSON-able.
+        model, origin: see Selector.
     """
+
+    kind = "shiva-search router"
 
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
         self.uses_history = any(name != "spread" for name in config.features)
         self.uses_update_size = "update_size" in config.features
-        self.model: Mapping[str, Any] = {}
-        self.origin: dict[str, Any] = {}
         self.units = nn.ModuleList(_Unit(config) for _ in range(math.ceil(config.layers / config.group)))
         self._stride = Stride()
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """See Selector."""
+        return asdict(self.config)
+
+    @classmethod
+    def of_shape(cls, shape: Mapping[str, Any]) -> Router:
+        """An untrained router; what a later release may have added to the shape is left out."""
+        known = {item.name for item in fields(RouterConfig)}
+        return cls(RouterConfig(**{name: value for name, value in shape.items() if name in known}))
 
     @classmethod
     def for_model(cls, model: Model, seed: int = 0, **shape: Any) -> Router:
@@ -122,7 +126,7 @@ class Router(nn.Module):
         Raises:
             InputError: layers of different widths, or a bad shape.
         """
-        width, condition_width = _widths(model)
+        width, condition_width = widths_of(model)
         config = RouterConfig(width, condition_width, model.layer_count, **shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -172,70 +176,6 @@ class Router(nn.Module):
         named = {"age": history.age_BN, "update_size": history.update_size_BN}
         return torch.stack([named[name].float().log1p() for name in self.config.features if name in named], dim=-1)
 
-    def check_model(self, fingerprint: Mapping[str, Any]) -> None:
-        """Refuse a foreign model.
-
-        Raises:
-            InputError: names what differs.
-        """
-        differing = [
-            f"{name} is {self.model[name]!r} in the selector and {fingerprint.get(name)!r} in the model"
-            for name in ("architecture", "config_hash", "layers", "weights_hash")
-            if name in self.model and self.model[name] != fingerprint.get(name)
-        ]
-        if differing:
-            raise InputError(f"this selector was trained for another model: {'; '.join(differing)}; train it again")
-
-    def save(self, path: str | Path) -> None:
-        """Write safetensors with the shape, the model's fingerprint and the origin as metadata, atomically.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        metadata = {
-            "kind": _KIND,
-            "schema_version": str(SCHEMA_VERSION),
-            "config": json.dumps(asdict(self.config)),
-            "model": json.dumps(dict(self.model)),
-            "origin": json.dumps(self.origin),
-        }
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        write_atomic(Path(path), lambda temporary: save_file(state, temporary, metadata=metadata))
-
-
-def load_selector(path: str | Path) -> Router:
-    """Read a router from its file, or from selector.safetensors in a run's folder.
-
-    Raises:
-        InputError: missing, unreadable, not a router, or of another schema version.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "selector.safetensors"
-    again = "train it again with `shiva-search train`"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    except OSError as error:
-        raise InputError(f"cannot read selector {path}: {error.strerror or error}; check the path") from error
-    except SafetensorError as error:
-        raise InputError(f"selector {path} is not a safetensors file ({error}); {again}") from error
-    if metadata.get("kind") != _KIND:
-        raise InputError(f"{path} holds no selector of shiva-search; {again}")
-    if metadata.get("schema_version") != str(SCHEMA_VERSION):
-        version = metadata.get("schema_version")
-        raise InputError(f"selector {path} has schema_version {version}, this release reads {SCHEMA_VERSION}; {again}")
-    try:
-        known = {item.name for item in fields(RouterConfig)}
-        shape = {name: value for name, value in json.loads(metadata["config"]).items() if name in known}
-        router = Router(RouterConfig(**shape))
-        router.load_state_dict(state)
-        router.model, router.origin = json.loads(metadata["model"]), json.loads(metadata.get("origin", "{}"))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"selector {path} is damaged: {str(error).splitlines()[0]}; {again}") from error
-    return router.eval().requires_grad_(False)
-
 
 def sinusoid(t_B: torch.Tensor, features: int) -> torch.Tensor:
     """Cosines and sines [B, features] of normalised time in [0, 1], periods from 0.06 to 6 of it, geometric."""
@@ -245,7 +185,7 @@ def sinusoid(t_B: torch.Tensor, features: int) -> torch.Tensor:
     return torch.cat([angle_BH.cos(), angle_BH.sin()], dim=-1)
 
 
-def _widths(model: Model) -> tuple[int, int]:
+def widths_of(model: Model) -> tuple[int, int]:
     """D and C, from one forward of the example."""
     found: set[tuple[int, int]] = set()
     hooks = []
@@ -264,5 +204,5 @@ def _widths(model: Model) -> tuple[int, int]:
         for hook in hooks:
             hook.remove()
     if len(found) != 1:
-        raise InputError(f"a router needs layers of one token and one condition width, found {sorted(found)}")
+        raise InputError(f"a selector needs layers of one token and one condition width, found {sorted(found)}")
     return found.pop()

@@ -10,10 +10,10 @@ the pruned student, in groups of samples that share a row of tokens kept. See fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,12 +21,14 @@ from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
-from shiva_search.runtime.pruned_block import Bypass
+from shiva_search.runtime.selector import Selector
 from shiva_search.selection.batches import Group, draw_batch, planned_groups, step_seed, stratified_groups
 from shiva_search.selection.distilling import Distiller, frozen
 from shiva_search.selection.fitting import Progress, Row, fit
 from shiva_search.selection.router import Router
 from shiva_search.selection.training_gate import Recipe
+
+AnySelector = TypeVar("AnySelector", bound=Selector)
 
 
 def warm_up(
@@ -38,7 +40,6 @@ def warm_up(
     groups: int = 4,
     keep_range: tuple[float, float] = (0.15, 0.95),
     router: Router | None = None,
-    bypasses: Mapping[int, Bypass] | None = None,
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 30.0,
     progress: Progress | None = None,
@@ -54,7 +55,6 @@ def warm_up(
         groups: each has its own part of keep_range and its own forward.
         keep_range: shares of tokens kept, in (0, 1].
         router: start from this one (it is trained in place); None makes a new one.
-        bypasses: what rejected tokens do, by layer.
         checkpoint: file to resume from and to save to; see fit().
         checkpoint_every_s: seconds between saves.
         progress: takes short lines.
@@ -81,7 +81,7 @@ def warm_up(
         return stratified_groups(model, batch, groups, keep_range, generator)
 
     rows = _train(
-        "warm-up", model, Plan.dense(model), router, groups_of, chosen, settings, bypasses=bypasses, steps=steps,
+        "warm-up", model, Plan.dense(model), router, groups_of, chosen, settings, steps=steps,
         seed=seed, batch_size=batch_size, checkpoint=checkpoint, checkpoint_every_s=checkpoint_every_s,
         progress=progress,
     )  # fmt: skip
@@ -90,20 +90,21 @@ def warm_up(
 
 def tune(
     model: Model,
-    router: Router,
+    router: AnySelector,
     plan: Plan,
     *,
     steps: int = 100,
     seed: int = 0,
     batch_size: int = 24,
     group_size: int = 8,
-    bypasses: Mapping[int, Bypass] | None = None,
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 30.0,
     progress: Progress | None = None,
     **recipe: Any,
-) -> tuple[Router, list[Row]]:
-    """Train a router (in place) at the tokens kept by one plan, each timestep segment with its own row.
+) -> tuple[AnySelector, list[Row]]:
+    """Train a selector (in place) at the tokens kept by one plan, each timestep segment with its own row.
+
+    Of a BypassBank, what rejected tokens do is trained together with the scores.
 
     Args:
         group_size: samples in one forward; bounds memory.
@@ -119,12 +120,13 @@ def tune(
     def groups_of(step: int) -> Iterable[Group]:
         return planned_groups(plan, draw_batch(model, batch_size, seed, step), group_size)
 
-    settings = {"tokens_kept": [list(row) for row in plan.tokens_kept], "group_size": group_size}
-    rows = _train(
-        "tune", model, plan, router, groups_of, chosen, settings, bypasses=bypasses, steps=steps, seed=seed,
+    rows = [[[int(k), k.rank, k.attend] for k in row] for row in plan.rows]
+    settings = {"rows": rows, "group_size": group_size}
+    curve = _train(
+        "tune", model, plan, router, groups_of, chosen, settings, steps=steps, seed=seed,
         batch_size=batch_size, checkpoint=checkpoint, checkpoint_every_s=checkpoint_every_s, progress=progress,
     )  # fmt: skip
-    return router, rows
+    return router, curve
 
 
 def train_selector(
@@ -148,7 +150,7 @@ def train_selector(
         router: already warmed up: all steps are spent on the plan.
         checkpoint: file to resume from; the second stage saves beside it.
         progress: takes short lines.
-        **settings: of both stages (batch_size, bypasses, fields of Recipe).
+        **settings: of both stages (batch_size, fields of Recipe).
 
     Raises:
         InputError: bad settings, a plan for another model, or a checkpoint of another training.
@@ -168,12 +170,11 @@ def _train(
     stage: str,
     model: Model,
     plan: Plan,
-    router: Router,
+    router: Selector,
     groups_of: Callable[[int], Iterable[Group]],
     recipe: Recipe,
     settings: dict[str, Any],
     *,
-    bypasses: Mapping[int, Bypass] | None,
     steps: int,
     seed: int,
     batch_size: int,
@@ -185,9 +186,9 @@ def _train(
     router.check_model(model.fingerprint())
     identity = {
         "stage": stage, "steps": steps, "seed": seed, "batch_size": batch_size, **settings,
-        **asdict(recipe), "router": asdict(router.config), "model": model.fingerprint(),
+        **asdict(recipe), "router": router.shape, "model": model.fingerprint(),
     }  # fmt: skip
-    with frozen(model.module), AppliedPlan(model, plan, router, guidance=False, bypasses=bypasses) as applied:
+    with frozen(model.module), AppliedPlan(model, plan, router, guidance=False) as applied:
         distiller = Distiller(applied, recipe)
 
         def step(index: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shiva_search.errors import InputError
+from shiva_search.records.plan import Kept
 from shiva_search.selection.gates import ESTIMATORS, Estimator, UpdateGated
 from shiva_search.selection.soft_topk import inclusion, perturb, soft_rank
 
@@ -106,7 +107,11 @@ class TrainingGate:
     def aim_at(self, row: tuple[int, ...]) -> tuple[int, ...]:
         """Take a row of tokens kept as the goal; returns the row to run: with the margin where a layer selects."""
         self.row = row
-        return tuple(k if k in (0, self.tokens) else min(k + self.margin, self.tokens - 1) for k in row)
+        return tuple(self._with_margin(Kept.of(k)) for k in row)
+
+    def _with_margin(self, k: Kept) -> Kept:
+        run = int(k) if int(k) in (0, self.tokens) else min(k + self.margin, self.tokens - 1)
+        return Kept(run, k.rank, k.attend)
 
     def perturb(self, scores_BN: torch.Tensor) -> torch.Tensor:
         """Noisy scores."""

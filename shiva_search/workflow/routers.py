@@ -7,7 +7,8 @@ from typing import Any
 
 from shiva_search.models.catalog import shipped_router
 from shiva_search.models.model import Model
-from shiva_search.selection.router import Router, load_selector
+from shiva_search.selection.loading import load_selector
+from shiva_search.selection.router import Router
 from shiva_search.selection.training import warm_up
 from shiva_search.workflow.answer import Progress
 from shiva_search.workflow.settings import Settings

@@ -12,7 +12,8 @@ from shiva_search.records.budget import Budget
 from shiva_search.records.files import read_json
 from shiva_search.records.plan import Plan
 from shiva_search.records.run import RunFolder
-from shiva_search.selection.router import Router, load_selector
+from shiva_search.selection.loading import load_selector
+from shiva_search.selection.router import Router
 from shiva_search.workflow.opening import open_both
 from shiva_search.workflow.settings import Settings
 

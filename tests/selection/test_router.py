@@ -13,7 +13,8 @@ from shiva_search.errors import InputError
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.scorers import History, Stride
-from shiva_search.selection.router import Router, RouterConfig, load_selector, sinusoid
+from shiva_search.selection.loading import load_selector
+from shiva_search.selection.router import Router, RouterConfig, sinusoid
 
 B, N, D, C = 2, 12, 16, 8
 

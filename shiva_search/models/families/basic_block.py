@@ -34,9 +34,7 @@ def attend_all(
         shift_msa, scale_msa, gate_msa, shift, scale, gate = table_B6D.chunk(6, dim=1)
         normed_BND = part.norm1(x_BND) * (1 + scale_msa) + shift_msa
     else:
-        normed_BND, *vectors = part.norm1(
-            x_BND, kwargs["timestep"], kwargs["class_labels"], hidden_dtype=x_BND.dtype
-        )
+        normed_BND, *vectors = part.norm1(x_BND, kwargs["timestep"], kwargs["class_labels"], hidden_dtype=x_BND.dtype)
         gate_msa, shift, scale, gate = (vector_BD[:, None] for vector_BD in vectors)
     options = kwargs.get("cross_attention_kwargs") or {}
     attended_BKD = part.attn1(
