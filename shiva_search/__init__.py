@@ -29,6 +29,7 @@ _HOME = {
     "Workload": "shiva_search.records.workload",
     "apply_plan": "shiva_search.api",
     "fidelity": "shiva_search.api",
+    "fit_bypasses": "shiva_search.api",
     "fit_cost_model": "shiva_search.api",
     "from_pretrained": "shiva_search.api",
     "load_model": "shiva_search.api",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from shiva_search.api import (
         apply_plan,
         fidelity,
+        fit_bypasses,
         fit_cost_model,
         from_pretrained,
         load_model,

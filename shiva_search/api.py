@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shiva_search.records.measurement import Measurement
+    from shiva_search.runtime.bypass import BypassBank
+    from shiva_search.runtime.selector import Selector as TrainedSelector
     from shiva_search.search import SearchResult
     from shiva_search.selection.router import Router
 
@@ -30,7 +32,7 @@ Progress = Callable[[str], None]
 Selector = TokenScorer | str | None
 
 __all__ = [
-    "apply_plan", "fidelity", "fit_cost_model", "from_pretrained", "load_model", "load_profile", "load_selector",
+    "apply_plan", "fidelity", "fit_bypasses", "fit_cost_model", "from_pretrained", "load_model", "load_profile", "load_selector",
     "measure", "optimize", "profile", "remove_plan", "save_pretrained", "search", "train_selector", "warm_up", "wrap",
 ]  # fmt: skip
 
@@ -61,6 +63,7 @@ def profile(
     seconds: float = 60.0,
     seed: int = 0,
     folder: str | Path | None = None,
+    bypass: str = "affine",
     progress: Progress | None = None,
 ) -> Profile:
     """Measure every block of the model at many token counts on the device.
@@ -68,6 +71,7 @@ def profile(
     Args:
         seconds: time to spend measuring.
         folder: where raw samples are kept as they come, so that an interrupted profile resumes.
+        bypass: what rejected tokens may do: none, mean or affine.
 
     Raises:
         InputError, UnavailableError: the device is not known or not there.
@@ -81,7 +85,7 @@ def profile(
         seconds=seconds,
         seed=seed,
         folder=None if folder is None else Path(folder),
-        scorer=_ranking_like_a_router(model),
+        scorer=_untrained(model, bypass),
         progress=progress,
     )
 
@@ -100,9 +104,10 @@ def search(
     """Search tokens kept per layer within the budget; the quality of a plan is the model's own output error.
 
     Args:
-        scorer: ranks tokens while plans are judged; None takes the warmed-up router where one is known, else stride.
+        scorer: ranks tokens while plans are judged; None takes the bypasses that ship with the model, else stride.
+            See `fit_bypasses` and `warm_up` for selectors of your own model.
         measure: measures a plan on the device, closing the loop; None trusts the cost model.
-        **options: storage, study_name, min_keep, segments, sampler, folder, progress (search/run_search.py).
+        **options: storage, study_name, min_keep, segments, sampler, attend, folder, progress (search/run_search.py).
 
     Raises:
         InfeasibleBudgetError: no plan fits; names the floor and the budget that binds.
@@ -114,17 +119,24 @@ def search(
 
 
 def train_selector(
-    model: Model, plan: Plan, steps: int = 500, *, selector: Router | None = None, seed: int = 0, **options: Any
-) -> Router:
-    """Train the selector at the plan's token counts, from `selector` or the model's warmed-up router.
+    model: Model,
+    plan: Plan,
+    steps: int = 500,
+    *,
+    selector: TrainedSelector | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> TrainedSelector:
+    """Train the selector at the plan: from `selector`, else from bypasses where the plan has some, or a warmed-up router.
 
     Raises:
         InputError: the plan does not fit the model.
     """
     from shiva_search.selection.training import tune
 
-    router = selector if selector is not None else warm_up(model, seed=seed)
-    return tune(model, router, plan, steps=steps, seed=seed, **options)[0]
+    if selector is None:
+        selector = warm_up(model, seed=seed) if plan.bypass["kind"] == "none" else fit_bypasses(model, seed=seed)
+    return tune(model, selector, plan, steps=steps, seed=seed, **options)[0]
 
 
 def warm_up(model: Model, steps: int | None = None, *, seed: int = 0, **options: Any) -> Router:
@@ -139,7 +151,28 @@ def warm_up(model: Model, steps: int | None = None, *, seed: int = 0, **options:
     return train(model, steps=180 if steps is None else steps, seed=seed, **options)[0]
 
 
-def load_selector(path: str | Path) -> Router:
+def fit_bypasses(model: Model, kind: str = "affine", ranks: Sequence[int] | None = None, **options: Any) -> BypassBank:
+    """What rejected tokens do instead of standing still, fit in closed form; it also ranks tokens by what it misses.
+
+    Args:
+        kind: "affine" or "mean".
+        ranks: of the affine bypass, for the search to choose from; None: those that ship with the model, or 16 and 32.
+        **options: of selection.closed_form.fit_bypasses (samples, passes, segments, seed, progress).
+
+    Raises:
+        InputError: bad settings.
+    """
+    from shiva_search.models.catalog import shipped_bypass
+    from shiva_search.selection.closed_form import RANKS
+    from shiva_search.selection.closed_form import fit_bypasses as fit
+
+    shipped = shipped_bypass(model)
+    if shipped is not None and kind == "affine" and ranks is None and options.keys() <= {"seed", "progress"}:
+        return load_selector(shipped)  # type: ignore[return-value]
+    return fit(model, kind, RANKS if ranks is None else ranks, **options)[0]
+
+
+def load_selector(path: str | Path) -> TrainedSelector:
     """Read selector.safetensors, or the one in a run's folder.
 
     Raises:
@@ -308,10 +341,11 @@ def _scorer_of(plan: Plan, selector: Selector) -> TokenScorer:
 
 
 def _resolve_scorer(model: Model, selector: Selector) -> TokenScorer:
-    from shiva_search.models.catalog import shipped_router
+    from shiva_search.models.catalog import shipped_bypass
 
-    if selector is None and shipped_router(model) is not None:
-        return warm_up(model)
+    shipped = shipped_bypass(model)
+    if selector is None and shipped is not None:
+        return load_selector(shipped)
     return _by_name("stride" if selector is None else selector)
 
 
@@ -319,8 +353,9 @@ def _by_name(selector: TokenScorer | str) -> TokenScorer:
     return scorer_by_name(selector) if isinstance(selector, str) else selector
 
 
-def _ranking_like_a_router(model: Model) -> TokenScorer:
-    """An untrained router: what selecting costs does not depend on what was learned."""
-    from shiva_search.selection.router import Router
+def _untrained(model: Model, bypass: str) -> TokenScorer:
+    """What a profile selects with: the cost of selecting does not depend on what was learned."""
+    from shiva_search.workflow.selectors import check_bypass, untrained_selector
 
-    return Router.for_model(model, seed=0)
+    check_bypass(bypass, None)
+    return untrained_selector(model, bypass, None)

@@ -54,6 +54,10 @@ GuidanceOption = Annotated[bool | None, typer.Option("--guidance/--no-guidance",
 CompileOption = Annotated[bool | None, typer.Option("--compile/--no-compile", rich_help_panel=_WORKLOAD)]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads.", rich_help_panel=_WORKLOAD)]
 SeedOption = Annotated[int, typer.Option("--seed")]
+BypassOption = Annotated[
+    str, typer.Option(help="What rejected tokens do: none (stand still), mean or affine (a cheap fitted path).")
+]
+BypassRankOption = Annotated[int | None, typer.Option(help="The one rank of the affine bypass [searched].", min=1)]
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue what is there.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as reports/demo.")]
@@ -94,6 +98,8 @@ def profile(
     compile: CompileOption = None,
     threads: ThreadsOption = None,
     seconds: Annotated[float, typer.Option(help="Time to spend measuring.", min=1)] = 60.0,
+    bypass: BypassOption = "affine",
+    bypass_rank: BypassRankOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder [profiles/<device>/<model>].")] = None,
     seed: SeedOption = 0,
     resume: ResumeOption = True,
@@ -104,8 +110,9 @@ def profile(
 
     workload = _workload(batch, dtype, resolution, frames, text_tokens, guidance, compile, threads)
     answer = workflow.profile_command(
-        model, device, workload, seconds=seconds, out=out, seed=seed, resume=resume, progress=_say
-    )
+        model, device, workload, seconds=seconds, out=out, seed=seed, resume=resume, progress=_say, bypass=bypass,
+        bypass_rank=bypass_rank,
+    )  # fmt: skip
     _emit(answer.summary, as_json, answer.text)
 
 
@@ -133,6 +140,11 @@ def optimize(
     min_keep: Annotated[float | None, typer.Option(help="Least share a layer keeps; no block is skipped.")] = None,
     trials: Annotated[int, typer.Option(help="Plans to judge.", min=1)] = 100,
     sampler: Annotated[str, typer.Option(help="trade, tpe, nsga2, nsga3, gp, cmaes, random.")] = "trade",
+    bypass: BypassOption = "affine",
+    bypass_rank: BypassRankOption = None,
+    attend: Annotated[
+        str, typer.Option(help="Keys that kept tokens see: kept, all, or free to choose by layer.")
+    ] = "free",
     train_steps: Annotated[int, typer.Option(help="Steps of tuning at the plan's k; 0 leaves it out.", min=0)] = 60,
     warmup_steps: Annotated[
         int | None, typer.Option(help="Steps of router warm-up [kept from before, or 180].", min=0)
@@ -167,6 +179,9 @@ def optimize(
         min_keep=min_keep,
         trials=trials,
         sampler=sampler,
+        bypass=bypass,
+        bypass_rank=bypass_rank,
+        attend=attend,
         train_steps=train_steps,
         warmup_steps=warmup_steps,
         profile=None if profile is None else str(profile),

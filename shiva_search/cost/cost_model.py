@@ -15,9 +15,9 @@ import numpy as np
 from shiva_search.cost.evidence import Evidence, PlanRatio
 from shiva_search.cost.fit import LatencyFit, fit_latency, plan_share
 from shiva_search.errors import InputError
-from shiva_search.records.cost_table import FILE, MEMORY, CostTable, Curve, table_fields
+from shiva_search.records.cost_table import FILE, MEMORY, CostTable, Curve, extra_parts, table_fields
 from shiva_search.records.files import read_json, write_json
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.records.profile import Profile
 
 COVERAGE = 0.9
@@ -99,7 +99,7 @@ class CostModel(CostTable):
             raise InputError("this cost model was loaded without its evidence; fit it again from the profile")
         self.check(plan, {})
         weights = tuple(high - low for low, high in plan.segments)
-        found = PlanRatio(plan.tokens_kept, weights, measured_ratio, error)
+        found = PlanRatio(plan.rows, weights, measured_ratio, error)
         return _assembled(self, self.evidence.with_plan(found))
 
     def save(self, folder: str | Path) -> None:
@@ -135,7 +135,7 @@ def fit_cost_model(profile: Profile) -> CostModel:
     evidence = Evidence.of(profile)
     curves: dict[str, dict[str, Curve]] = {}
     fixed: dict[str, float] = {}
-    _add_operations(profile, curves, fixed)
+    operations = _add_operations(profile, curves, fixed)
     _add_memory(profile, curves, fixed)
     known_edges = profile.provenance.get("edges", {})
     empty = CostModel(
@@ -151,6 +151,7 @@ def fit_cost_model(profile: Profile) -> CostModel:
         edges={name: tuple(found) for name, found in known_edges.items()},
         power=_power_of(profile),
         alignment=int(profile.provenance.get("token_alignment", 1)),
+        extras={} if operations is None else {"gflops": operations},
     )
     return _assembled(empty, evidence)
 
@@ -187,9 +188,16 @@ def _assembled(known: CostModel, evidence: Evidence) -> CostModel:
     curves["latency_ms"] = {
         name: Curve(evidence.blocks[name].tokens_kept, values) for name, values in fit.curves_ms.items()
     }
+    extras = {
+        **known.extras,
+        "latency_ms": {
+            name: {part: Curve(extra.tokens_kept, extra.latency_ms) for part, extra in parts.items()}
+            for name, parts in fit.extras_ms.items()
+        },
+    }
     fixed = {**known.fixed_costs, "latency_ms": fit.fixed_ms}
     if known.power is not None:
-        curves["energy_j"], fixed["energy_j"] = _energy(known.power, evidence, fit)
+        curves["energy_j"], fixed["energy_j"], extras["energy_j"] = _energy(known.power, evidence, fit)
     return CostModel(
         model=known.model,
         device=known.device,
@@ -200,6 +208,7 @@ def _assembled(known: CostModel, evidence: Evidence) -> CostModel:
         fixed_costs=fixed,
         interval=_conformal(errors),
         missing=known.missing,
+        extras=extras,
         evidence=evidence,
         held_out=_summary(errors, evidence),
         corrections={
@@ -257,10 +266,12 @@ def _summary(errors: np.ndarray, evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _add_operations(profile: Profile, curves: dict[str, dict[str, Curve]], fixed: dict[str, float]) -> None:
+def _add_operations(
+    profile: Profile, curves: dict[str, dict[str, Curve]], fixed: dict[str, float]
+) -> dict[str, dict[str, Curve]] | None:
     rest = profile.rest.get("gflops")
     if rest is None or any(row.gflops is None for row in profile.rows):
-        return
+        return None
     curves["gflops"] = {
         name: Curve(
             tuple(row.tokens_kept for row in profile.curve(name)),
@@ -270,6 +281,18 @@ def _add_operations(profile: Profile, curves: dict[str, dict[str, Curve]], fixed
         for name in dict.fromkeys(profile.layers)
     }
     fixed["gflops"] = rest
+    return {name: _extra_operations(profile, name) for name in curves["gflops"]}
+
+
+def _extra_operations(profile: Profile, signature: str) -> dict[str, Curve]:
+    """GFLOP of variants beyond the plain block, where both were counted."""
+    found, plain = {}, {row.tokens_kept: float(row.gflops or 0.0) for row in profile.curve(signature)}
+    for (attend, rank), rows in profile.variants(signature).items():
+        parts = extra_parts(Kept(0, rank, attend))
+        counted = {row.tokens_kept: float(row.gflops or 0.0) - plain[row.tokens_kept] for row in rows}
+        if len(parts) == 1 and counted:
+            found[parts[0]] = Curve(tuple(counted), tuple(counted.values()))
+    return found
 
 
 def _add_memory(profile: Profile, curves: dict[str, dict[str, Curve]], fixed: dict[str, float]) -> None:
@@ -306,8 +329,14 @@ def _power_of(profile: Profile) -> dict[str, Any] | None:
     }
 
 
-def _energy(power: Mapping[str, Any], evidence: Evidence, fit: LatencyFit) -> tuple[dict[str, Curve], float]:
-    """Joules: power at a count, times latency at that count; the dense forward comes out as measured."""
+def _energy(
+    power: Mapping[str, Any], evidence: Evidence, fit: LatencyFit
+) -> tuple[dict[str, Curve], float, dict[str, dict[str, Curve]]]:
+    """Joules: power at a count, times latency at that count; the dense forward comes out as measured.
+
+    Returns:
+        Curves by signature, the fixed part, and extras by signature and part.
+    """
     joules = {}
     for name, known in power["blocks"].items():
         counts = evidence.blocks[name].tokens_kept
@@ -323,4 +352,18 @@ def _energy(power: Mapping[str, Any], evidence: Evidence, fit: LatencyFit) -> tu
         name: Curve(evidence.blocks[name].tokens_kept, tuple((values * scale).tolist()))
         for name, values in joules.items()
     }
-    return curves, fixed_j * scale
+    extras = {
+        name: {
+            part: Curve(
+                extra.tokens_kept,
+                tuple(
+                    scale * 1e-3 * ms * float(np.interp(k, known["tokens_kept"], known["power_w"]))
+                    for k, ms in zip(extra.tokens_kept, extra.latency_ms, strict=True)
+                ),
+            )
+            for part, extra in fit.extras_ms[name].items()
+        }
+        for name, known in power["blocks"].items()
+        if name in fit.extras_ms
+    }
+    return curves, fixed_j * scale, extras

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from shiva_search.errors import InputError
+from shiva_search.records.cost_table import extra_parts
+from shiva_search.records.plan import Kept, row_as_json, row_from_json
 from shiva_search.records.profile import Profile, signatures_of
 
 _Z95 = 1.96
@@ -31,11 +33,32 @@ class BlockCurve:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """What a variant of a pruned block costs beyond the plain one.
+
+    Attributes:
+        tokens_kept: ascending, from 0 to N; straight lines between.
+        latency_ms: above the plain block at that count, measured alone; may be below zero.
+    """
+
+    tokens_kept: tuple[int, ...]
+    latency_ms: tuple[float, ...]
+
+    def at(self, k: int) -> float:
+        """Milliseconds at one count."""
+        return float(np.interp(k, self.tokens_kept, self.latency_ms))
+
+
+#: "all", or "rank 16": one part of a variant; the parts of a variant add up.
+Extras = Mapping[str, Extra]
+
+
+@dataclass(frozen=True)
 class PlanRatio:
     """A plan measured against the dense model.
 
     Attributes:
-        rows: tokens kept per layer, a row per segment.
+        rows: what each layer does, a row per segment.
         weights: share of time of each segment.
         ratio: planned over dense latency.
         error: standard error, relative.
@@ -58,6 +81,7 @@ class Evidence:
         rest_ms: outside the blocks, measured with every block skipped.
         dense_ms: the dense forward; None where the model was never whole in memory.
         plans: from end to end.
+        extras: by signature: what variants cost beyond the plain block.
     """
 
     tokens: int
@@ -66,6 +90,7 @@ class Evidence:
     rest_ms: float
     dense_ms: float | None
     plans: tuple[PlanRatio, ...] = ()
+    extras: Mapping[str, Extras] = field(default_factory=dict)
 
     @classmethod
     def of(cls, profile: Profile) -> Evidence:
@@ -97,6 +122,7 @@ class Evidence:
                 PlanRatio((item.tokens_kept,), (1.0,), item.ratio, _error(item.ratio, item.ratio_low, item.ratio_high))
                 for item in profile.forwards
             ),
+            extras={signature: _extras(profile, signature) for signature in blocks},
         )
 
     def with_plan(self, plan: PlanRatio) -> Evidence:
@@ -109,7 +135,10 @@ class Evidence:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return asdict(self)
+        plain = asdict(self)
+        for plan, item in zip(self.plans, plain["plans"], strict=True):
+            item["rows"] = [row_as_json(row) for row in plan.rows]
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evidence:
@@ -121,10 +150,39 @@ class Evidence:
             for name, item in known["blocks"].items()
         }
         known["plans"] = tuple(
-            PlanRatio(tuple(tuple(row) for row in item["rows"]), tuple(item["weights"]), item["ratio"], item["error"])
+            PlanRatio(tuple(map(row_from_json, item["rows"])), tuple(item["weights"]), item["ratio"], item["error"])
             for item in known["plans"]
         )
+        known["extras"] = {
+            name: {part: Extra(tuple(item["tokens_kept"]), tuple(item["latency_ms"])) for part, item in parts.items()}
+            for name, parts in known.get("extras", {}).items()
+        }
         return cls(**known)
+
+
+def _extras(profile: Profile, signature: str) -> dict[str, Extra]:
+    """Differences of measured variants to the plain block, where both were measured at a count.
+
+    A bypass costs much the same at any count of tokens kept but none, so few counts serve all.
+    """
+    found, plain = {}, {row.tokens_kept: row.latency_ms for row in profile.curve(signature)}
+    for (attend, rank), rows in profile.variants(signature).items():
+        parts = extra_parts(Kept(0, rank, attend))
+        if len(parts) != 1:
+            continue
+        differences = {
+            row.tokens_kept: row.latency_ms - plain[row.tokens_kept] for row in rows if row.tokens_kept in plain
+        }
+        inside = sorted(k for k in differences if 0 < k < profile.tokens)
+        if rank:
+            steady = float(np.median([differences[k] for k in inside])) if inside else differences.get(0, 0.0)
+            ends = {0: differences.get(0, steady), 1: steady, profile.tokens - 1: steady, profile.tokens: 0.0}
+            found[parts[0]] = Extra(tuple(ends), tuple(max(0.0, value) for value in ends.values()))
+        elif inside:
+            # Nothing is attended to where no token is kept, and all is as in the dense block where all are.
+            points = {0: 0.0, 1: differences[inside[0]], **{k: differences[k] for k in inside}, profile.tokens: 0.0}
+            found[parts[0]] = Extra(tuple(sorted(points)), tuple(points[k] for k in sorted(points)))
+    return found
 
 
 def _error(centre: float, low: float, high: float) -> float:

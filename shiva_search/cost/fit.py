@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from shiva_search.cost.evidence import Evidence, PlanRatio
+from shiva_search.cost.evidence import Evidence, Extra, PlanRatio
+from shiva_search.records.cost_table import extra_parts
 
 # Prior widths, relative. A block alone and the same block in a model differ by caches, allocator and neighbours.
 _BLOCK_IN_MODEL = 0.02  # of c_s(k), beyond what scale and overhead explain
@@ -43,6 +44,7 @@ class LatencyFit:
         fixed_ms: what no plan changes.
         curves_ms: by signature, at the measured counts of that signature.
         scale, overhead_ms, pruned_ms: the corrections that were folded in: a, o and p above.
+        extras_ms: what variants cost beyond the curve, by signature and part, the scale folded in.
     """
 
     fixed_ms: float
@@ -50,6 +52,7 @@ class LatencyFit:
     scale: float
     overhead_ms: float
     pruned_ms: float
+    extras_ms: Mapping[str, Mapping[str, Extra]]
 
 
 def fit_latency(evidence: Evidence) -> LatencyFit:
@@ -69,6 +72,7 @@ def plan_share(fit: LatencyFit, evidence: Evidence, plan: PlanRatio) -> float:
     def total(row: tuple[int, ...]) -> float:
         return fit.fixed_ms + sum(
             float(np.interp(k, evidence.blocks[name].tokens_kept, fit.curves_ms[name]))
+            + sum(fit.extras_ms[name][part].at(k) for part in extra_parts(k))
             for name, k in zip(evidence.layers, row, strict=True)
         )
 
@@ -121,7 +125,15 @@ class _System:
         unit_ms = float((self.evidence.dense_ms or self.sum_ms) / total)
         curves = {name: tuple(float(v) * unit_ms for v in curve) for name, curve in values.items()}
         fixed, scale, overhead, pruned = (float(value) for value in solution[:4])
-        return LatencyFit(fixed * unit_ms, curves, scale, overhead * unit_ms, pruned * unit_ms)
+        to_model = scale * unit_ms / self.sum_ms
+        extras = {
+            name: {
+                part: Extra(extra.tokens_kept, tuple(value * to_model for value in extra.latency_ms))
+                for part, extra in parts.items()
+            }
+            for name, parts in self.evidence.extras.items()
+        }
+        return LatencyFit(fixed * unit_ms, curves, scale, overhead * unit_ms, pruned * unit_ms, extras)
 
     def _curve_matrix(self, name: str) -> np.ndarray:
         """[counts, unknowns]: pruned counts add up steps, the dense block is an unknown of its own."""
@@ -166,6 +178,10 @@ class _System:
         for weight, row in zip(plan.weights, plan.rows, strict=True):
             for name, k in zip(self.evidence.layers, row, strict=True):
                 total += weight * self._interpolated(name, k)
+                # A variant shares the plain block's corrections; what it costs more is scaled with all blocks alone.
+                total[1] += (
+                    weight * sum(self.evidence.extras[name][part].at(k) for part in extra_parts(k)) / self.sum_ms
+                )
         return total
 
     def _interpolated(self, name: str, k: int) -> np.ndarray:

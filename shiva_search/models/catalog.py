@@ -203,6 +203,12 @@ def shipped_router(model: Model) -> Path | None:
     return path if model.origin == "built in" and path.is_file() else None
 
 
+def shipped_bypass(model: Model) -> Path | None:
+    """The bypasses that ship with the built-in model; None for all others."""
+    path = REFERENCE / "bypass.safetensors"
+    return path if model.origin == "built in" and path.is_file() else None
+
+
 def list_models() -> list[dict[str, str]]:
     """What --model accepts, a row each: name, kind, class, verified."""
     built_in = family_of("DiTTransformer2DModel")

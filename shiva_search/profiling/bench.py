@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 
 from shiva_search.devices.base import Device
@@ -24,7 +25,8 @@ from shiva_search.profiling.sample_log import SampleLog
 from shiva_search.profiling.sampler import Cell, Group, Sampler
 from shiva_search.profiling.staircase import Point, alignment_of, edges, next_counts, token_grid
 from shiva_search.profiling.statistics import Estimate
-from shiva_search.records.plan import Plan
+from shiva_search.records.cost_table import extra_parts
+from shiva_search.records.plan import PLAIN, Kept, Plan, row_as_json
 from shiva_search.records.profile import Forward, Profile, Row, Sample
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.pruned_block import Controller, PrunedBlock
@@ -36,21 +38,31 @@ _PLANS = 28  # random plans from end to end, time permitting
 _SAMPLES_PER_PLAN = 6
 _ENERGY_POINTS = 4  # counts per signature; power varies little between
 _COMPILED_COPIES = 2  # blocks of a signature that take turns where each is compiled for each count
+_ATTEND_POINTS = 6  # counts per signature at which kept tokens also attend to all
 _PROBES = 24  # counts added to locate steps, per signature
 _ENOUGH_TO_JUDGE = 8  # samples of every count of a curve, before steps are looked for; no cell is done with fewer
 
 
 @dataclass(frozen=True)
 class BlockCell:
-    """Which block at how many tokens; `selection`: the selection alone, the block left out."""
+    """Which block doing what; `selection`: the selection alone, the block left out."""
 
     signature: str
-    tokens_kept: int
+    choice: Kept
     selection: bool = False
 
     @property
+    def tokens_kept(self) -> int:
+        return int(self.choice)
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.selection and self.choice.variant == PLAIN
+
+    @property
     def name(self) -> str:
-        return f"{'selection' if self.selection else 'block'} {self.signature} {self.tokens_kept}"
+        what = "selection" if self.selection else "block"
+        return " ".join([what, self.signature, str(self.tokens_kept), *extra_parts(self.choice)])
 
 
 class Bench:
@@ -80,6 +92,9 @@ class Bench:
         self.explores = counts is None
         self.counts = token_grid(self.tokens, self.alignment) if counts is None else checked_counts(counts, self.tokens)
         self.parts = {part.signature: part for part in parts_of(model, device.torch_device, seed)}
+        bypasses = getattr(scorer, "bypasses", {})
+        self.ranks = tuple(rank for rank in next(iter(bypasses.values())).ranks if rank) if bypasses else ()
+        self.attending = {part.signature for part in self.parts.values() if part.layers[0].attends_all}
         self.has_energy = False
         self.blocks: dict[str, BlockCell] = {}
         self.rows: list[tuple[int, ...]] = []
@@ -108,7 +123,22 @@ class Bench:
         # held-out plans has in it what straight lines between counts miss.
         layers = self.model.layer_count
         rows = random_rows(layers, self.tokens, (count + 1) // 2, self.seed, self.counts)
-        return rows + random_rows(layers, self.tokens, count // 2, self.seed + 1)
+        return self._varied(rows + random_rows(layers, self.tokens, count // 2, self.seed + 1))
+
+    def _varied(self, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The same counts; every other plan has layers of all variants, as a search over these would."""
+        rng, varied = np.random.default_rng(self.seed), []
+        for index, row in enumerate(rows):
+            if index % 2 or not (self.ranks or self.attending):
+                varied.append(row)
+                continue
+            drawn = []
+            for layer, k in zip(self.model.layers, row, strict=True):
+                rank = int(rng.choice([0, *self.ranks]))
+                everyone = 0 < k < self.tokens and layer.signature in self.attending and rng.random() < 0.5
+                drawn.append(Kept(k, rank, "all" if everyone else "kept") if k < self.tokens else Kept(k))
+            varied.append(tuple(drawn))
+        return varied
 
     def prepare(self, rows: Sequence[tuple[int, ...]], log: SampleLog | None) -> None:
         """Build the cells.
@@ -122,6 +152,7 @@ class Bench:
         reference = Cell("reference block", self._runner(first, self.tokens), "")
         groups = [Group(BLOCKS, reference, SHARES[BLOCKS])]
         cells = [cell for part in self.parts.values() for k in self.counts for cell in self._cells(part, k)]
+        cells += [self._cell(part, choice) for part in self.parts.values() for choice in self._variants(part)]
         cells.append(self._rest_cell())
         self.has_energy = energy_reason(self.device) is None
         if not is_meta(self.model):
@@ -163,7 +194,7 @@ class Bench:
         for key in wanted:
             self.others[key] = other_costs(self.device, self.sampler.cells[key], share_s)
         for key, cell in self.blocks.items():
-            if not cell.selection and key not in self.others and self.clock() < until:
+            if cell.is_plain and key not in self.others and self.clock() < until:
                 self.others[key] = {"peak_memory_mib": self.device.peak_memory_mib(self.sampler.cells[key].run)}
 
     def assemble(self, header: Profile, flops: ModelFlops, estimates: Mapping[str, Estimate]) -> Profile:
@@ -198,8 +229,10 @@ class Bench:
                     energy_j=others.get("energy_j"),
                     power_w=others.get("power_w"),
                     peak_memory_mib=others.get("peak_memory_mib"),
-                    gflops=flops.blocks[cell.signature](cell.tokens_kept),
+                    gflops=flops.blocks[cell.signature](cell.choice),
                     flags=known.flags,
+                    bypass_rank=cell.choice.rank,
+                    attend=cell.choice.attend,
                 )
             )
         rest = estimates.get("rest")
@@ -213,7 +246,7 @@ class Bench:
         order = list(self.parts)
         return replace(
             header,
-            rows=tuple(sorted(rows, key=lambda row: (order.index(row.signature), row.tokens_kept))),
+            rows=tuple(sorted(rows, key=lambda row: (order.index(row.signature), row.variant, row.tokens_kept))),
             forwards=self._forwards(estimates),
             rest=rest_costs,
             dense={"gflops": flops.dense, **self._dense_latency(), **self.others.get("dense", {})},
@@ -223,7 +256,7 @@ class Bench:
         )
 
     def _keys(self, signature: str) -> list[str]:
-        return [key for key, cell in self.blocks.items() if cell.signature == signature and not cell.selection]
+        return [key for key, cell in self.blocks.items() if cell.signature == signature and cell.is_plain]
 
     def _points(self, signature: str, estimates: Mapping[str, Estimate | None]) -> dict[int, Point]:
         points = {}
@@ -241,14 +274,30 @@ class Bench:
         }
 
     def _cells(self, part: Part, k: int, selection: bool = True) -> list[Cell]:
-        block = BlockCell(part.signature, k)
-        self.blocks[block.name] = block
-        cells = [Cell(block.name, self._runner(part, k), BLOCKS)]
+        cells = [self._cell(part, Kept(k))]
         if selection and 0 < k < self.tokens:
-            alone = replace(block, selection=True)
+            alone = BlockCell(part.signature, Kept(k), selection=True)
             self.blocks[alone.name] = alone
             cells.append(Cell(alone.name, self._runner(part, k, alone=True), BLOCKS, target=0.1))
         return cells
+
+    def _cell(self, part: Part, choice: Kept) -> Cell:
+        block = BlockCell(part.signature, choice)
+        self.blocks[block.name] = block
+        return Cell(block.name, self._runner(part, choice), BLOCKS)
+
+    def _variants(self, part: Part) -> list[Kept]:
+        """What tells the cost of variants: bypasses at two counts, attention to all tokens at a few."""
+        inside = [k for k in self.counts if 0 < k < self.tokens]
+        if not inside:
+            return []
+        middle = min(inside, key=lambda k: abs(k - self.tokens // 2))
+        found = [Kept(k, rank) for rank in self.ranks for k in (0, middle)]
+        if part.signature in self.attending:
+            last = len(inside) - 1
+            spread = {inside[round(i * last / (_ATTEND_POINTS - 1))] for i in range(_ATTEND_POINTS)}
+            found += [Kept(k, 0, "all") for k in sorted(spread)]
+        return found
 
     def _runner(self, part: Part, k: int, alone: bool = False) -> Callable[[], object]:
         """Runs the blocks of a part in turn through the runtime's own path; `alone` leaves the block itself out."""
@@ -257,6 +306,7 @@ class Bench:
             tokens=self.tokens,
             scorer=self.scorer,
             guidance=self.model.workload.guidance,
+            bypasses=getattr(self.scorer, "bypasses", {}),
             t_B=self._t_B,
         )
         if getattr(self.scorer, "uses_history", False):
@@ -346,7 +396,7 @@ class Bench:
 
 
 def _plan_name(row: Sequence[int]) -> str:
-    return "plan " + " ".join(map(str, row))
+    return "plan " + " ".join(str(entry).replace(" ", "") for entry in row_as_json(row))
 
 
 def _identity(layer: Layer) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from shiva_search.profiling.end_to_end import Progress, summary_of
 from shiva_search.profiling.flops import ModelFlops
 from shiva_search.profiling.sample_log import SampleLog
 from shiva_search.profiling.sampler import Sampler
+from shiva_search.records.plan import row_as_json, row_from_json
 from shiva_search.records.profile import Profile, load_profile
 from shiva_search.runtime.apply import remove_plan
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
@@ -134,7 +135,7 @@ def _found(place: Path | None, model: Model, device: Device) -> Profile | None:
 
 
 def _rows_of(before: Profile) -> list[tuple[int, ...]]:
-    return [tuple(row) for row in before.provenance["plans"]]
+    return [row_from_json(row) for row in before.provenance["plans"]]
 
 
 def _header(bench: Bench, flops: ModelFlops, scorer: TokenScorer, seconds: float) -> Profile:
@@ -153,7 +154,7 @@ def _header(bench: Bench, flops: ModelFlops, scorer: TokenScorer, seconds: float
             "seed": bench.seed,
             "seconds_asked": seconds,
             "token_alignment": bench.alignment,
-            "plans": [list(row) for row in bench.rows],
+            "plans": [row_as_json(row) for row in bench.rows],
             "threads": torch.get_num_threads(),
             "attention": _attention_backends(),
             "whole_model": not is_meta(model),

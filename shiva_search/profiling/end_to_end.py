@@ -22,7 +22,6 @@ from shiva_search.records.cost_table import load_cost_table
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan, remove_plan
-from shiva_search.runtime.pruned_block import Bypass
 from shiva_search.runtime.scorers import TokenScorer
 
 Progress = Callable[[str], None]
@@ -36,7 +35,6 @@ def measure_plans(
     device: Device,
     *,
     scorer_for: Callable[[Plan], TokenScorer | str] = lambda plan: "stride",
-    bypasses_for: Callable[[Plan], Mapping[int, Bypass]] = lambda plan: {},
     seconds: float = 10.0,
     seed: int = 0,
     progress: Progress | None = None,
@@ -49,7 +47,7 @@ def measure_plans(
 
     Args:
         plans: for this model.
-        scorer_for, bypasses_for: what each plan selects with, and what rejected tokens do.
+        scorer_for: what each plan selects with; a selector with bypasses brings what rejected tokens do.
         seconds: for all plans together; each gets one sample in any case.
         seed: of the order and the inputs.
         clock: seconds.
@@ -76,7 +74,7 @@ def measure_plans(
     flops = ModelFlops(model, record_inputs(model, model.example(seed)))
     with deployed(model):
         runs = [
-            _PlannedForward(model, plan, scorer_for(plan), bypasses_for(plan), segment, model.example(seed))
+            _PlannedForward(model, plan, scorer_for(plan), segment, model.example(seed))
             for plan in plans
             for segment in range(len(plan.segments))
         ]
@@ -113,7 +111,7 @@ def measure_plans(
             mine["power_w"] = _mean([(costs[key]["power_w"], weight) for key, weight in weights.items()])
         found.append(
             Measurement(
-                tokens_kept=plan.tokens_kept,
+                tokens_kept=plan.rows,
                 latency_ms=ratio.ratio * dense_ms,
                 latency_ms_low=ratio.low * dense_ms,
                 latency_ms_high=ratio.high * dense_ms,
@@ -142,7 +140,7 @@ def dense_cell(model: Model, seed: int = 0) -> Cell:
 
 def plan_cell(model: Model, plan: Plan, scorer: TokenScorer | str, name: str, seed: int = 0) -> Cell:
     """A plan of one segment from end to end."""
-    run = _PlannedForward(model, plan, scorer, {}, 0, model.example(seed))
+    run = _PlannedForward(model, plan, scorer, 0, model.example(seed))
     return Cell(name, run.run, "forwards", prepare=run.prepare)
 
 
@@ -154,11 +152,10 @@ class _PlannedForward:
         model: Model,
         plan: Plan,
         scorer: TokenScorer | str,
-        bypasses: Mapping[int, Bypass],
         segment: int,
         inputs: Kwargs,
     ) -> None:
-        self._model, self._plan, self._scorer, self._bypasses = model, plan, scorer, bypasses
+        self._model, self._plan, self._scorer = model, plan, scorer
         self._inputs = inputs
         self._applied: AppliedPlan | None = None
         if len(plan.segments) > 1:
@@ -169,7 +166,7 @@ class _PlannedForward:
 
     def prepare(self) -> None:
         if self._applied is None:
-            self._applied = AppliedPlan(self._model, self._plan, self._scorer, bypasses=self._bypasses)
+            self._applied = AppliedPlan(self._model, self._plan, self._scorer)
         else:
             self._applied.put_on()  # what was compiled for it is used again
 

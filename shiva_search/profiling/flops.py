@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shiva_search.models.blocks import Kwargs
 from shiva_search.models.model import Layer, Model
 from shiva_search.profiling.conditions import shapes_of, without_blocks
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.apply import AppliedPlan
 
 _ELEMENTWISE = ("aten::layer_norm", "aten::group_norm", "aten::batch_norm", "aten::rms_norm")
@@ -100,8 +100,20 @@ class BlockFlops:
         return count_gflops(self._block, adapter.join(kwargs))
 
     def __call__(self, k: int) -> float:
-        """GFLOP at k tokens, in [0, N], from the parabola through three counts."""
-        return 0.0 if k == 0 else float(self._parabola(k))
+        """GFLOP at k tokens, in [0, N], from the parabola through three counts, and of the choice's variant."""
+        choice = Kept.of(k)
+        return (float(self._parabola(int(choice))) if k else 0.0) + self._extra(choice)
+
+    def _extra(self, choice: Kept) -> float:
+        """GFLOP of a bypass for all tokens, and of the keys and values of the tokens that are not kept."""
+        k, rest = int(choice), self._tokens - int(choice)
+        if not rest:
+            return 0.0
+        batch, tokens, width = self._kwargs[self._layer.adapter.tokens].shape
+        macs = batch * tokens * width * (3 * choice.rank + 2) if choice.rank else 0
+        if choice.attend == "all" and k:
+            macs += batch * rest * (2 * width * width + 2 * k * width)
+        return 2e-9 * macs
 
 
 class ModelFlops:
@@ -127,8 +139,7 @@ class ModelFlops:
     def plan(self, plan: Plan) -> float:
         """GFLOP of one step of a plan, mean over its segments."""
         rows = [
-            sum(self.blocks[signature](k) for signature, k in zip(self._layers, row, strict=True))
-            for row in plan.tokens_kept
+            sum(self.blocks[signature](k) for signature, k in zip(self._layers, row, strict=True)) for row in plan.rows
         ]
         widths = [high - low for low, high in plan.segments]
         return self.rest + sum(width * row for width, row in zip(widths, rows, strict=True))

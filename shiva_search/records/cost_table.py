@@ -16,7 +16,7 @@ from shiva_search.errors import InputError
 from shiva_search.records.cost import CostEstimate
 from shiva_search.records.files import read_json
 from shiva_search.records.measurement import Measurement
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 
 SCHEMA_VERSION = 1
 FILE = "cost_model.json"
@@ -38,6 +38,19 @@ class Curve:
     values: tuple[float, ...]
     parabola: bool = False
 
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"tokens_kept": list(self.tokens_kept), "values": list(self.values), "parabola": self.parabola}
+
+    @classmethod
+    def from_dict(cls, item: Mapping[str, Any]) -> Curve:
+        """Inverse of as_dict."""
+        return cls(tuple(item["tokens_kept"]), tuple(item["values"]), bool(item["parabola"]))
+
+    def at(self, k: int) -> float:
+        """The value at one count, straight lines between the measured ones."""
+        return float(np.interp(k, self.tokens_kept, self.values))
+
     def expand(self, tokens: int) -> np.ndarray:
         """Values at 0, 1, ..., N. Two neighbouring counts make a step: nothing is smoothed over it."""
         k = np.arange(tokens + 1)
@@ -48,6 +61,12 @@ class Curve:
             inside = (k > 0) & (k < tokens)
             values[inside] = fitted(k[inside])
         return values
+
+
+def extra_parts(choice: int) -> tuple[str, ...]:
+    """Names of the extras that a choice costs; the parts of a variant add up."""
+    kept = Kept.of(choice)
+    return (*(("all",) if kept.attend == "all" else ()), *((f"rank {kept.rank}",) if kept.rank else ()))
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,8 @@ class CostTable:
         layers: signature of each layer.
         curves: metric -> signature -> Curve, for latency_ms, energy_j, gflops and memory_mib as far as known.
         fixed_costs: metric -> what a plan cannot change; for memory_mib what is held beside the largest layer.
+        extras: metric -> signature -> "all" or "rank R" -> Curve: what a layer costs beyond the plain one where its kept
+            tokens attend to all, or its rejected ones take a bypass.
         interval: the 90 % interval of a latency reaches from latency / (1 + interval) to latency * (1 + interval).
         missing: metric -> why it is unknown.
     """
@@ -74,6 +95,7 @@ class CostTable:
     fixed_costs: Mapping[str, float]
     interval: float
     missing: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Mapping[str, Curve]]] = field(default_factory=dict)
 
     @property
     def layer_count(self) -> int:
@@ -94,10 +116,10 @@ class CostTable:
         Args:
             metric: "latency_ms", "energy_j", "gflops" or "memory_mib".
             layer: index.
-            k: tokens kept, in [0, N].
+            k: tokens kept, in [0, N]; a `Kept` may have a bypass or attend to all.
 
         Raises:
-            InputError: no such metric, layer or count.
+            InputError: no such metric, layer or count, or a variant that was not measured.
         """
         if metric not in (*ADDITIVE, MEMORY):
             raise InputError(
@@ -109,7 +131,26 @@ class CostTable:
                 f"got layer {layer} at {k}"
             )
         values = self.table(metric, layer)
-        return None if values is None else float(values[k])
+        return None if values is None else float(values[k]) + self._extra(metric, self.layers[layer], k)
+
+    def variants(self) -> tuple[str, ...]:
+        """Names of the extras that are known for every signature: "all", "rank 8", ..."""
+        known = [set(parts) for parts in self.extras.get("latency_ms", {}).values()]
+        return tuple(sorted(set.intersection(*known))) if known else ()
+
+    def _extra(self, metric: str, signature: str, k: int) -> float:
+        if k >= self.tokens:
+            return 0.0
+        parts = extra_parts(k)
+        known = self.extras.get(metric, {}).get(signature, {})
+        if metric == MEMORY:
+            return 0.0
+        absent = [part for part in parts if part not in known]
+        if absent:
+            raise InputError(
+                f"the profile did not measure {metric} of layers with {absent[0]}; profile again with that bypass or attention"
+            )
+        return sum(known[part].at(k) for part in parts)
 
     def fixed(self, metric: str) -> float | None:
         """The part no plan can change; None where the metric is unknown."""
@@ -127,7 +168,7 @@ class CostTable:
             InputError: the plan has other layers or tokens.
         """
         self.check(plan, {})
-        return self._estimate(plan.tokens_kept, tuple(high - low for low, high in plan.segments))
+        return self._estimate(plan.rows, tuple(high - low for low, high in plan.segments))
 
     def check(self, plan: Plan, fingerprint: Mapping[str, Any]) -> None:
         """Refuse a plan that is not for this model.
@@ -153,7 +194,7 @@ class CostTable:
         found, dense = self.predict(plan), self.dense
         assert found.latency_ms and dense.latency_ms and found.latency_ms_low and found.latency_ms_high
         return Measurement(
-            tokens_kept=plan.tokens_kept,
+            tokens_kept=plan.rows,
             latency_ms=found.latency_ms,
             latency_ms_low=found.latency_ms_low,
             latency_ms_high=found.latency_ms_high,
@@ -204,7 +245,10 @@ class CostTable:
         if metric not in self.fixed_costs:
             return None
         tables = self._tables[metric]
-        sums = [sum(float(tables[name][k]) for name, k in zip(self.layers, row, strict=True)) for row in rows]
+        sums = [
+            sum(float(tables[name][k]) + self._extra(metric, name, k) for name, k in zip(self.layers, row, strict=True))
+            for row in rows
+        ]
         return self.fixed_costs[metric] + sum(weight * total for weight, total in zip(weights, sums, strict=True))
 
     def table_dict(self) -> dict[str, Any]:
@@ -217,15 +261,15 @@ class CostTable:
             "workload": dict(self.workload),
             "layers": list(self.layers),
             "curves": {
-                metric: {
-                    signature: {
-                        "tokens_kept": list(curve.tokens_kept),
-                        "values": list(curve.values),
-                        "parabola": curve.parabola,
-                    }
-                    for signature, curve in curves.items()
-                }
+                metric: {signature: curve.as_dict() for signature, curve in curves.items()}
                 for metric, curves in self.curves.items()
+            },
+            "extras": {
+                metric: {
+                    signature: {part: curve.as_dict() for part, curve in parts.items()}
+                    for signature, parts in found.items()
+                }
+                for metric, found in self.extras.items()
             },
             "fixed": dict(self.fixed_costs),
             "interval": self.interval,
@@ -252,11 +296,15 @@ def table_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             "workload": values["workload"],
             "layers": tuple(values["layers"]),
             "curves": {
-                metric: {
-                    signature: Curve(tuple(item["tokens_kept"]), tuple(item["values"]), bool(item["parabola"]))
-                    for signature, item in curves.items()
-                }
+                metric: {signature: Curve.from_dict(item) for signature, item in curves.items()}
                 for metric, curves in values["curves"].items()
+            },
+            "extras": {
+                metric: {
+                    signature: {part: Curve.from_dict(item) for part, item in parts.items()}
+                    for signature, parts in found.items()
+                }
+                for metric, found in values.get("extras", {}).items()
             },
             "fixed_costs": values["fixed"],
             "interval": float(values["interval"]),

@@ -73,6 +73,21 @@ class Kept(int):
 PLAIN = ("kept", 0)
 
 
+def row_as_json(row: Sequence[int]) -> list[Any]:
+    """A row of choices: plain counts as numbers, others as [kept, rank, attend]."""
+    chosen = [Kept.of(entry) for entry in row]
+    return [int(k) if k.variant == PLAIN else [int(k), k.rank, k.attend] for k in chosen]
+
+
+def row_from_json(row: Sequence[Any]) -> tuple[Kept, ...]:
+    """Inverse of row_as_json.
+
+    Raises:
+        TypeError, ValueError: no such row.
+    """
+    return tuple(Kept(*entry) if isinstance(entry, list) else Kept(entry) for entry in row)
+
+
 class Planned(Protocol):
     """What a plan needs to know of a model (models.Model is one)."""
 

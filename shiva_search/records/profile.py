@@ -18,8 +18,11 @@ from typing import Any, TypeVar
 
 from shiva_search.errors import InputError
 from shiva_search.records.files import read_json, write_json, write_text
+from shiva_search.records.plan import PLAIN, row_as_json, row_from_json
 
 SCHEMA_VERSION = 1
+#: Columns that the first profiles did not have.
+_ADDED = ("bypass_rank", "attend")
 _AGAIN = "restore it or run `shiva-search profile` again"
 _Record = TypeVar("_Record", "Row", "Forward", "Sample")
 
@@ -41,6 +44,7 @@ class Row:
         peak_memory_mib: the allocator's peak during the block, above what was live before.
         gflops: 10^9 floating point operations, 2 per multiply-add.
         flags: "wide" (interval), "disturbed", "throttled", "no clean sample".
+        bypass_rank, attend: what else the block did, as in records.plan.Kept.
     """
 
     signature: str
@@ -59,6 +63,13 @@ class Row:
     peak_memory_mib: float | None = None
     gflops: float | None = None
     flags: tuple[str, ...] = ()
+    bypass_rank: int = 0
+    attend: str = "kept"
+
+    @property
+    def variant(self) -> tuple[str, int]:
+        """See records.plan.Kept."""
+        return self.attend, self.bypass_rank
 
 
 @dataclass(frozen=True)
@@ -157,8 +168,16 @@ class Profile:
         return dict(self.model)
 
     def curve(self, signature: str) -> tuple[Row, ...]:
-        """Rows of one signature by tokens_kept."""
-        return tuple(sorted((row for row in self.rows if row.signature == signature), key=lambda row: row.tokens_kept))
+        """Plain rows of one signature by tokens_kept: no bypass, kept tokens see each other."""
+        return self.variants(signature).get(PLAIN, ())
+
+    def variants(self, signature: str) -> dict[tuple[str, int], tuple[Row, ...]]:
+        """Rows of one signature by (attend, bypass rank), each by tokens_kept."""
+        found: dict[tuple[str, int], list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: row.tokens_kept):
+            if row.signature == signature:
+                found.setdefault(row.variant, []).append(row)
+        return {variant: tuple(rows) for variant, rows in found.items()}
 
     def rescaled(self, factor: float) -> Profile:
         """The same profile on a machine whose clock runs `factor` times slower; ratios stay."""
@@ -283,6 +302,8 @@ def from_csv(kind: type[_Record], path: Path, torn_end: bool = False) -> list[_R
         text = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(io.StringIO(text))
     columns = {item.name: str(item.type) for item in fields(kind)}
+    optional = {item.name for item in fields(kind) if item.name in _ADDED}
+    columns = {name: kind for name, kind in columns.items() if name not in optional - set(reader.fieldnames or ())}
     if reader.fieldnames is None and torn_end:
         return []
     absent = sorted(columns.keys() - set(reader.fieldnames or ()))
@@ -308,7 +329,7 @@ def _write_cell(value: object) -> str:
             return repr(float(value))
         case tuple():
             # Counts as a JSON list, which spreadsheets leave alone; flags as words.
-            return json.dumps(value) if value and isinstance(value[0], int) else ";".join(map(str, value))
+            return json.dumps(row_as_json(value)) if value and isinstance(value[0], int) else ";".join(map(str, value))
     return str(value)
 
 
@@ -322,7 +343,7 @@ def _read_cell(text: str | None, types: str) -> object:
     if types == "bool":
         return bool(int(text))
     if types == "tuple[int, ...]":
-        return tuple(int(item) for item in json.loads(text))
+        return row_from_json(json.loads(text))
     if types == "tuple[str, ...]":
         return tuple(item for item in text.split(";") if item)
     if text == "" and "None" in types:

@@ -47,10 +47,20 @@ _CONSTRAINTS = tuple(f"constraint_{metric}" for metric in (*COST_FIELD, "mean_ke
 #: Columns of each file, in order (summary.json: records.run.Summary). tokens_kept is JSON, a row of k per segment.
 _Columns = tuple[str, ...]
 TRIALS: _Columns = (
-    *("trial", "origin", "state", "tokens_kept", "mean_keep", "error", "feasible"),
+    *("trial", "origin", "state", "tokens_kept", "bypass_ranks", "attend", "mean_keep", "error", "feasible"),
     *(*_PREDICTED, *_CONSTRAINTS, "seconds"),
 )
-PARETO: _Columns = ("trial", "tokens_kept", "mean_keep", "error", *_PREDICTED, *_MEASURED, "chosen")
+PARETO: _Columns = (
+    "trial",
+    "tokens_kept",
+    "bypass_ranks",
+    "attend",
+    "mean_keep",
+    "error",
+    *_PREDICTED,
+    *_MEASURED,
+    "chosen",
+)
 MEASUREMENTS: _Columns = (
     *("round", "plan", "tokens_kept", "samples", "dense_latency_ms", "latency_ms", "latency_ms_low", "latency_ms_high"),
     *("ratio", "ratio_low", "ratio_high", "dense_energy_j", "energy_j", "dense_power_w", "power_w"),

@@ -12,8 +12,8 @@ from torch import nn
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
-from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.bypass import AffineBypass
+from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.pruned_block import Controller, Gate, PrunedBlock
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 

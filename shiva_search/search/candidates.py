@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.records.budget import Budget
 from shiva_search.records.cost import CostEstimate
-from shiva_search.records.plan import Plan, Planned
+from shiva_search.records.plan import PLAIN, Kept, Plan, Planned, row_as_json, row_from_json
 
 Rows = tuple[tuple[int, ...], ...]
 Floats = NDArray[np.float64]
@@ -65,7 +65,7 @@ class Space:
         tokens: image tokens N.
         layers: number of layers L.
         weights: share of time of each segment, adding up to 1.
-        choices: tokens kept that layer l may have, ascending; the first layer has N alone.
+        choices: what layer l may do, dearest last, which keeps all tokens; the first layer has this alone.
         cost: by metric (SUMS and "memory_mib"), by layer: cost of each choice.
         fixed: by metric: what no choice changes.
         limits: absolute limits by budget metric.
@@ -185,6 +185,15 @@ class Space:
             return None
         return np.array(found) if len(found) == self.positions else None
 
+    def only(self, keep: Sequence[Sequence[int]]) -> Space:
+        """This space with some choices of each layer, by index, in that order."""
+
+        def cut(rows: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...]:
+            return tuple(tuple(row[i] for i in kept) for row, kept in zip(rows, keep, strict=True))
+
+        cost = {metric: cut(table) for metric, table in self.cost.items()}
+        return replace(self, choices=cut(self.choices), cost=cost)
+
     def with_limits(self, **limits: float) -> Space:
         """This space under other limits (by metric)."""
         return replace(self, limits=dict(limits))
@@ -195,7 +204,7 @@ class Space:
             "tokens": self.tokens,
             "layers": self.layers,
             "weights": list(self.weights),
-            "choices": [list(c) for c in self.choices],
+            "choices": [row_as_json(c) for c in self.choices],
             "cost": {metric: [list(c) for c in table] for metric, table in self.cost.items()},
             "fixed": dict(self.fixed),
             "limits": dict(self.limits),
@@ -208,7 +217,7 @@ class Space:
             tokens=values["tokens"],
             layers=values["layers"],
             weights=tuple(values["weights"]),
-            choices=tuple(tuple(c) for c in values["choices"]),
+            choices=tuple(map(row_from_json, values["choices"])),
             cost={metric: tuple(tuple(c) for c in table) for metric, table in values["cost"].items()},
             fixed=dict(values["fixed"]),
             limits=dict(values["limits"]),
@@ -228,6 +237,7 @@ def build_space(
     *,
     min_keep: float | None = None,
     segments: Sequence[tuple[float, float]] | int = 1,
+    variants: Sequence[Sequence[tuple[str, int]]] = (),
 ) -> Space:
     """Lay out the choices of every layer and what each costs.
 
@@ -237,6 +247,7 @@ def build_space(
         budget: limits, absolute or as shares of `cost.dense`; an empty one limits nothing.
         min_keep: smallest share of tokens a layer may keep, in (0, 1]; also rules out skipping a block (k = 0).
         segments: timestep segments as intervals of [0, 1], or how many equal ones.
+        variants: by layer, what its choices may do besides keeping tokens, as (attend, bypass rank); none: plain ones.
 
     Raises:
         InputError: min_keep or segments out of range.
@@ -249,16 +260,28 @@ def build_space(
             raise InputError(f"--segments must be at least 1, got {segments}")
         segments = [(i / segments, (i + 1) / segments) for i in range(segments)]
     floor = 0 if min_keep is None else min_keep * model.tokens
+    variants = variants or [[PLAIN]] * model.layer_count
     known = sorted({k for k in cost.candidates(min_keep) if floor <= k <= model.tokens} | {model.tokens})
     space = Space(
         tokens=model.tokens,
         layers=model.layer_count,
         weights=tuple(high - low for low, high in segments),
-        choices=((model.tokens,), *[tuple(known)] * (model.layer_count - 1)),
+        choices=((model.tokens,), *(_choices(known, model.tokens, row) for row in variants[1:])),
         cost={},
         fixed={},
     )
     return priced(space, cost, budget.resolve(cost.dense).limits())
+
+
+def _choices(counts: Sequence[int], tokens: int, variants: Sequence[tuple[str, int]]) -> tuple[int, ...]:
+    """Every count in every variant that differs there, by count; all tokens alone come last."""
+    pruned = [
+        Kept(k, rank, attend)
+        for k in counts
+        for attend, rank in variants
+        if k < tokens and not (k == 0 and attend == "all")  # where no token is kept, none attends
+    ]
+    return (*pruned, Kept(tokens))
 
 
 def priced(space: Space, cost: PlanCost, limits: Mapping[str, float]) -> Space:
@@ -267,7 +290,7 @@ def priced(space: Space, cost: PlanCost, limits: Mapping[str, float]) -> Space:
     Raises:
         UnavailableError: the cost model knows a metric only of some layers.
     """
-    tables = {"mean_keep": tuple(tuple(k / (space.tokens * space.layers) for k in ks) for ks in space.choices)}
+    tables = {"mean_keep": tuple(tuple(int(k) / (space.tokens * space.layers) for k in ks) for ks in space.choices)}
     fixed = {"mean_keep": 0.0}
     for metric in ("latency_ms", "energy_j", "gflops", "memory_mib"):
         rest = cost.fixed(metric)

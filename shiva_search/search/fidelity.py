@@ -22,7 +22,7 @@ from scipy import stats
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Batch, Model
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.pruned_block import Controller, Resume
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
@@ -187,10 +187,10 @@ class FidelityEvaluator:
 
     def _rows(self, plan: Plan | Sequence[int] | Sequence[Sequence[int]]) -> Rows:
         if isinstance(plan, Plan):
-            rows: Rows = plan.tokens_kept
+            rows: Rows = plan.rows
         else:
             nested: Any = plan if plan and isinstance(plan[0], Sequence) else [plan]
-            rows = tuple(tuple(int(k) for k in row) for row in nested)
+            rows = tuple(tuple(Kept.of(k) for k in row) for row in nested)
         if len(rows) != len(self.segments) or any(len(row) != self.model.layer_count for row in rows):
             raise InputError(
                 f"this evaluator takes {len(self.segments)} rows of {self.model.layer_count} entries, "

@@ -10,7 +10,7 @@ import numpy as np
 from shiva_search.records.cost import CostEstimate
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
-from shiva_search.search.candidates import Floats, Rows
+from shiva_search.search.candidates import Floats
 
 #: What pareto.csv has of a measurement, empty for plans that were not measured.
 _MEASURED = ("latency_ms", "latency_ms_low", "latency_ms_high", "ratio", "energy_j", "power_w", "peak_memory_mib")
@@ -55,7 +55,7 @@ def pareto_row(
     """A row of pareto.csv; measured_* stay None until the plan is measured."""
     row: dict[str, Any] = {
         "trial": number,
-        "tokens_kept": rows_as_lists(plan.tokens_kept),
+        **choice_columns(plan),
         "mean_keep": plan.mean_keep,
         "error": error,
         **cost_columns(predicted, dense),
@@ -64,6 +64,10 @@ def pareto_row(
     return row
 
 
-def rows_as_lists(rows: Rows) -> list[list[int]]:
-    """Tokens kept as JSON has them."""
-    return [list(row) for row in rows]
+def choice_columns(plan: Plan) -> dict[str, list[list[Any]]]:
+    """What each layer does, a list per timestep segment."""
+    return {
+        "tokens_kept": [list(row) for row in plan.tokens_kept],
+        "bypass_ranks": [[choice.rank for choice in row] for row in plan.rows],
+        "attend": [list(row) for row in plan.attend],
+    }

@@ -26,13 +26,13 @@ from shiva_search.search.closed_loop import Closed, close_loop, holds
 from shiva_search.search.fidelity import FidelityEvaluator
 from shiva_search.search.knapsack import explain, floor, solve, solve_front
 from shiva_search.search.pareto import (
+    choice_columns,
     constraint_columns,
     cost_columns,
     non_dominated,
     pareto_row,
-    rows_as_lists,
 )
-from shiva_search.search.sensitivity import measure_effects
+from shiva_search.search.sensitivity import measure_effects, reduced
 from shiva_search.search.study import PlanStudy, Record, create, open_storage, read_problem, share_problem
 from shiva_search.search.trade_sampler import TradeSampler
 
@@ -70,8 +70,41 @@ class SearchResult:
     forwards: float = 0.0
 
 
+def variants_of(
+    model: Model, cost: PlanCost, scorer: TokenScorer | str, attend: str = "free"
+) -> list[list[tuple[str, int]]]:
+    """What layers may do besides keeping tokens: the ranks of the scorer's bypasses, and the attentions they allow.
+
+    Only what the cost model knows the cost of is on offer.
+
+    Args:
+        model: its layers say whether they can attend to all tokens.
+        cost: names what it knows by `variants()`.
+        scorer: with bypasses, or without.
+        attend: "kept", "all" (where a layer can), or "free" for both.
+
+    Raises:
+        InputError: an unknown attention.
+    """
+    if attend not in ("kept", "all", "free"):
+        raise InputError(f"--attend is one of kept, all, free, got {attend!r}")
+    known = set(getattr(cost, "variants", lambda: ())())
+    ranks = [0, *(rank for rank in getattr(scorer, "ranks", ()) if rank and f"rank {rank}" in known)]
+    found = []
+    for layer in model.layers:
+        everyone = layer.attends_all and "all" in known and attend != "kept"
+        modes = (["kept"] if attend != "all" or not everyone else []) + (["all"] if everyone else [])
+        found.append([(mode, rank) for mode in modes for rank in ranks])
+    return found
+
+
 def check_budget(
-    model: Planned, cost: PlanCost, budget: Budget, *, min_keep: float | None = None, segments: int = 1
+    model: Planned,
+    cost: PlanCost,
+    budget: Budget,
+    *,
+    min_keep: float | None = None,
+    segments: int = 1,
 ) -> None:
     """Refuse a budget that no plan can hold, before any work is done.
 
@@ -102,6 +135,7 @@ def search(
     min_keep: float | None = None,
     segments: int = 1,
     sampler: str = "trade",
+    attend: str = "free",
     folder: str | Path | None = None,
     samples: int = SAMPLES,
     chunk: int = CHUNK,
@@ -122,6 +156,7 @@ def search(
         min_keep: smallest share of tokens a layer may keep; rules out skipping blocks.
         segments: timestep segments with a row of tokens kept each.
         sampler: trade, tpe, nsga2, nsga3, gp, cmaes or random.
+        attend: whose keys kept tokens see where the cost model knows both: kept, all, or free to choose by layer.
         folder: where the journal is kept.
         samples, chunk: calibration inputs and how many run in one forward.
         progress: told short lines.
@@ -134,7 +169,8 @@ def search(
     say = progress or (lambda line: None)
     if trials < 1:
         raise InputError(f"--trials must be at least 1, got {trials}")
-    space = build_space(model, cost, budget, min_keep=min_keep, segments=segments)
+    variants = variants_of(model, cost, scorer, attend)
+    space = build_space(model, cost, budget, min_keep=min_keep, segments=segments, variants=variants)
     check_budget(model, cost, budget, min_keep=min_keep, segments=segments)
     dense = _dense_if_it_fits(model, cost, budget, space, measure, say)
     if dense is not None:
@@ -152,13 +188,13 @@ def search(
     }  # fmt: skip
     known = read_problem(study)
     if known is None:
-        effects = measure_effects(evaluator, space, progress=progress)
-        share_problem(study, space, effects, settings)
+        whole = measure_effects(evaluator, space, progress=progress)
+        share_problem(study, *reduced(space, whole), settings)
         known = read_problem(study)
         assert known is not None
     elif study.user_attrs["settings"] != settings:
         study.set_user_attr("settings", settings)  # more trials, or another sampler on the same problem
-    effects = known[1]
+    space, effects = priced(known[0], cost, space.limits), known[1]
     if storage is not None:
         say(f"study {study.study_name}; others may join with `shiva-search worker --study {study.study_name}`")
     plans = PlanStudy(study, space, effects, evaluator, settings, progress)
@@ -170,7 +206,8 @@ def search(
     solver = {"optimality_gap": exact.gap, "status": "optimal" if exact.gap == 0 else "best found in time"}
 
     def plan_of(plan_P: Ints) -> Plan:
-        return Plan.from_rows(model, space.rows(plan_P), workload=model.workload.as_dict())
+        kind = getattr(scorer, "bypass_kind", "affine")
+        return Plan.from_rows(model, space.rows(plan_P), bypass_kind=kind, workload=model.workload.as_dict())
 
     closed: Closed | None = None
     if measure is None:
@@ -421,7 +458,7 @@ def _trials(plans: PlanStudy, cost: PlanCost, plan_of: Callable[[Ints], Plan]) -
                 "trial": record.number,
                 "origin": record.origin,
                 "state": "complete" if record.complete else "stopped early",
-                "tokens_kept": rows_as_lists(plan.tokens_kept),
+                **choice_columns(plan),
                 "mean_keep": plan.mean_keep,
                 "error": record.error,
                 "feasible": bool(plans.space.feasible(record.plan_P[None])[0]),

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shiva_search.records.plan import PLAIN, Kept
 from shiva_search.search.candidates import Floats, Space
 from shiva_search.search.fidelity import FidelityEvaluator
 
 #: Shares of tokens at which a layer is really pruned; choices in between are interpolated.
 KNOTS = (0.0, 0.125, 0.25, 0.5, 0.75)
+#: Likewise for layers with a bypass, or that attend to all: their curves are tame.
+TAME_KNOTS = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,19 @@ class Effects:
 
 
 def knots_of(choices: Sequence[int], tokens: int, shares: Sequence[float] = KNOTS) -> list[int]:
-    """Indices of the choices to run: the ones nearest to the shares, the smallest always, all tokens never."""
+    """Indices of the choices to run: the ones nearest to the shares, the smallest always, all tokens never.
+
+    Args:
+        choices: of one variant, ascending.
+        tokens: N.
+        shares: of the tokens.
+    """
     pruned = [index for index, k in enumerate(choices) if k < tokens]
     if not pruned:
         return []
     nearest = {min(pruned, key=lambda index: abs(choices[index] / tokens - share)) for share in shares}
+    if Kept.of(choices[pruned[0]]).variant != PLAIN:
+        return sorted({*nearest, pruned[0]})
     # Next to skipping comes a few tokens, which may well be worse: the smallest k above 0 is an end of its own.
     ends = {pruned[0], next((index for index in pruned if choices[index] > 0), pruned[0])}
     return sorted(nearest | ends)
@@ -77,7 +88,15 @@ def measure_effects(
     for segment in range(space.segments):
         jobs: list[tuple[int, int, tuple[int, ...]]] = []
         for layer in range(space.layers):
-            knots = knots_of(space.choices[layer], space.tokens, shares)
+            knots = [
+                group[knot]
+                for group in groups_of(space.choices[layer], space.tokens)
+                for knot in knots_of(
+                    [space.choices[layer][i] for i in group],
+                    space.tokens,
+                    _shares(space.choices[layer][group[0]], shares),
+                )
+            ]
             measured.append(tuple(knots))
             for knot in knots:
                 row = [space.tokens] * space.layers
@@ -98,10 +117,26 @@ def measure_effects(
 def _interpolate(space: Space, position: int, knots: Sequence[int], errors: Floats, vectors: Floats) -> None:
     """Fill the choices between knots: direction and error linear in the tokens kept, zero at all tokens."""
     choices = space.choices[position % space.layers]
-    full = choices.index(space.tokens) if space.tokens in choices else None
+    for group in groups_of(choices, space.tokens):
+        _interpolate_group(choices, position, group, [i for i in knots if i in group], space.tokens, errors, vectors)
+    errors[position, len(choices) :] = errors[position, len(choices) - 1]
+    vectors[position, len(choices) :] = vectors[position, len(choices) - 1]
+
+
+def _interpolate_group(
+    choices: Sequence[int],
+    position: int,
+    group: Sequence[int],
+    knots: Sequence[int],
+    tokens: int,
+    errors: Floats,
+    vectors: Floats,
+) -> None:
+    full = choices.index(tokens) if tokens in choices else None
     known = [*knots] if full is None else [*knots, full]
     kept = np.array([choices[index] for index in known], dtype=float)
-    for index, k in enumerate(choices):
+    for index in group:
+        k = choices[index]
         if index in known or not knots:
             continue
         right = int(np.searchsorted(kept, k))
@@ -115,8 +150,57 @@ def _interpolate(space: Space, position: int, knots: Sequence[int], errors: Floa
         errors[position, index] = (1 - share) * errors[position, a] + share * errors[position, b]
         mixed = (1 - share) * vectors[position, a] + share * vectors[position, b]
         vectors[position, index] = _resized(mixed, errors[position, index])
-    errors[position, len(choices) :] = errors[position, len(choices) - 1]
-    vectors[position, len(choices) :] = vectors[position, len(choices) - 1]
+
+
+def groups_of(choices: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices of the choices by variant, ascending in tokens kept; the one that keeps all belongs to the plain ones.
+
+    Skipping a block with a bypass is the low end of both kinds of attention, where it is found with the plain one.
+    """
+    found: dict[tuple[str, int], list[int]] = {}
+    for index in sorted(range(len(choices)), key=lambda i: int(choices[i])):
+        if choices[index] < tokens or len(choices) == 1:
+            found.setdefault(Kept.of(choices[index]).variant, []).append(index)
+    return list(found.values())
+
+
+def reduced(space: Space, effects: Effects) -> tuple[Space, Effects]:
+    """Leave out choices that another one of the layer beats: no dearer in what is limited, and no worse alone.
+
+    What is left rises in cost and falls in error, so the next choice is the next better one. All tokens stay on offer.
+    """
+    metrics = [name for name in space.limits if name in space.cost] or [
+        next(name for name in ("latency_ms", "mean_keep") if name in space.cost)
+    ]
+    if "power_w" in space.limits:
+        metrics += ["energy_j", "latency_ms"]
+    keep: list[list[int]] = []
+    for layer in range(space.layers):
+        count = len(space.choices[layer])
+        costs_CM = np.array([[space.cost[name][layer][c] for name in dict.fromkeys(metrics)] for c in range(count)])
+        positions = range(layer, space.positions, space.layers)
+        stays: set[int] = {count - 1}
+        for position in positions:
+            both = np.concatenate([costs_CM, effects.errors_PC[position, :count, None]], axis=1)
+            for c in range(count):
+                beaten = (both <= both[c]).all(1) & ((both < both[c]).any(1) | (np.arange(count) < c))
+                if not beaten.any():
+                    stays.add(c)
+        keep.append(sorted(stays - {count - 1}, key=lambda c: tuple(costs_CM[c])) + [count - 1])
+    width = max(map(len, keep))
+    padded = np.array([[*row, *[row[-1]] * (width - len(row))] for row in keep])[
+        np.arange(space.positions) % space.layers
+    ]
+    rows = np.arange(space.positions)[:, None]
+    measured = tuple(
+        tuple(i for i, c in enumerate(keep[p % space.layers]) if c in effects.measured[p])
+        for p in range(len(effects.measured))
+    )
+    return space.only(keep), Effects(effects.errors_PC[rows, padded], effects.vectors_PCS[rows, padded], measured)
+
+
+def _shares(choice: int, shares: Sequence[float]) -> Sequence[float]:
+    return shares if Kept.of(choice).variant == PLAIN else TAME_KNOTS
 
 
 def _resized(vector: Floats, error: float) -> Floats:

@@ -28,7 +28,7 @@ from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.token_ops import gather_tokens, top_k
 from shiva_search.selection.router import widths_of
 
-RANKS = (0, 8, 16, 32)
+RANKS = (16, 32)
 _RIDGE = 1e-4  # of each standardised feature
 _MISS_FLOOR = 1e-3  # of the mean squared miss: tokens below are all alike
 _KEEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of tokens that stay with the block, drawn by layer and chunk
@@ -108,7 +108,7 @@ def fit_bypasses(
             f"a fit takes at least 2 passes, 1 sample and 1 segment, got {passes}, {samples} and {segments}"
         )
     say = progress or (lambda line: None)
-    offered = tuple(sorted({0, *ranks})) if kind == "affine" else (0, 1)
+    offered = offered_ranks(kind, ranks)
     width, condition_width = widths_of(model)
     size_mib = 8 * ((2 * width + condition_width) ** 2 + (2 * width) ** 2) * segments / 2**20
     at_once = max(1, int(memory_mib / size_mib))
@@ -142,6 +142,26 @@ def fit_bypasses(
         "missed": {str(layer): {str(rank): share for rank, share in row.items()} for layer, row in report.missed.items()},
     }  # fmt: skip
     return bank.eval().requires_grad_(False), report
+
+
+def offered_ranks(kind: str, ranks: Sequence[int] = RANKS) -> tuple[int, ...]:
+    """Ranks a plan may ask for, 0 (rejected tokens stand still) among them; a mean bypass is on or off."""
+    return tuple(sorted({0, *ranks})) if kind == "affine" else (0, 1)
+
+
+def untrained_bypasses(
+    model: Model, kind: str = "affine", ranks: Sequence[int] = RANKS, segments: int = 1, seed: int = 0
+) -> BypassBank:
+    """Bypasses with small random weights, on the model's device: what they cost does not depend on what was learned."""
+    offered = offered_ranks(kind, ranks)
+    bank = BypassBank(model.layer_count, *widths_of(model), kind, offered, segments)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
+    bank.model = model.fingerprint()
+    device = next(model.module.parameters()).device
+    return (bank if device.type == "meta" else bank.to(device)).eval().requires_grad_(False)
 
 
 class _Pass:

@@ -9,12 +9,12 @@ from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.records.run import RunFolder
 from shiva_search.reporting import plots
-from shiva_search.selection.router import Router
+from shiva_search.runtime.selector import Selector
 from shiva_search.workflow.answer import Progress
 
 
 def draw_samples(
-    run: RunFolder, model: Model, plan: Plan, selector: Router | str, *, progress: Progress, **options: Any
+    run: RunFolder, model: Model, plan: Plan, selector: Selector | str, *, progress: Progress, **options: Any
 ) -> dict[str, Any]:
     """Draw pairs of images into the run's folder; what generate_pairs says of them."""
     progress("drawing images, dense and planned, from the same seeds")

@@ -28,6 +28,8 @@ def open_both(model_name: str, device_name: str, workload: dict[str, Any], seed:
     return device, model
 
 
-def profile_folder(device: Device, model: Model) -> Path:
-    """Where profiles of the model on the device lie: profiles/<device>/<model>."""
-    return Path("profiles") / device.name.replace(":", "-") / Path(model.name).name
+def profile_folder(device: Device, model: Model, bypass: str = "affine", bypass_rank: int | None = None) -> Path:
+    """Where profiles of the model on the device lie: profiles/<device>/<model>; another bypass has one of its own."""
+    suffix = "" if bypass == "affine" else f".bypass-{bypass}"
+    suffix += "" if bypass_rank is None else f".rank-{bypass_rank}"
+    return Path("profiles") / device.name.replace(":", "-") / f"{Path(model.name).name}{suffix}"

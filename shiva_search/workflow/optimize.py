@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shiva_search import __version__
 from shiva_search.cost.cost_model import fit_cost_model
@@ -31,8 +32,12 @@ from shiva_search.workflow.images import draw_samples
 from shiva_search.workflow.opening import open_both, profile_folder
 from shiva_search.workflow.outcome import EVALUATION_SAMPLES, answer_of, write_outcome
 from shiva_search.workflow.profiles import take_profile
-from shiva_search.workflow.routers import warm_router
+from shiva_search.workflow.selectors import check_bypass, ready_selector, untrained_selector
 from shiva_search.workflow.settings import Settings
+
+if TYPE_CHECKING:
+    from shiva_search.devices.base import Device
+    from shiva_search.models.model import Model
 
 #: Seconds of interleaved measurement: while the loop closes, and for the final figure.
 LOOP_SECONDS, FINAL_SECONDS = 12.0, 20.0
@@ -57,17 +62,27 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     clock = _Clock()
 
     with clock("profile"):
-        folder = Path(settings.profile) if settings.profile else profile_folder(device, model)
+        check_bypass(settings.bypass, settings.bypass_rank)
+        folder = _folder_of(settings, device, model)
         if settings.profile:
             cost = fit_cost_model(load_profile(folder))
         else:
-            _, cost = take_profile(model, device, folder, settings.profile_seconds, settings.seed, resume, progress)
+            _, cost = take_profile(
+                model,
+                device,
+                folder,
+                settings.profile_seconds,
+                settings.seed,
+                resume,
+                progress,
+                untrained_selector(model, settings.bypass, settings.bypass_rank),
+            )
     check_budget(model, cost, budget, min_keep=settings.min_keep, segments=settings.segments)
     write_json(run.path / "run.json", {"schema_version": 1, "settings": asdict(settings), "version": __version__})
     cost.save(run.path)
 
     with clock("warm_up"):
-        router, curve = warm_router(model, settings, folder, progress)
+        router, curve = ready_selector(model, settings, folder, progress)
 
     def measure(plan: Plan, seconds: float = LOOP_SECONDS) -> Measurement:
         return measure_plans(model, [plan], device, scorer_for=lambda _: router, seconds=seconds, seed=settings.seed)[0]
@@ -75,6 +90,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     find = partial(
         search, model, seed=settings.seed, scorer=router, measure=measure,
         storage=settings.storage, min_keep=settings.min_keep, segments=settings.segments, sampler=settings.sampler,
+        attend=settings.attend,
         folder=run.path, progress=progress,
     )  # fmt: skip
 
@@ -137,6 +153,12 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
         with clock("generate"):
             draw_samples(run, model, plan, router, count=10, steps=20, guidance_scale=2.5, seed=0, progress=progress)
     return answer_of(run)
+
+
+def _folder_of(settings: Settings, device: Device, model: Model) -> Path:
+    if settings.profile:
+        return Path(settings.profile)
+    return profile_folder(device, model, settings.bypass, settings.bypass_rank)
 
 
 def _run_name(settings: Settings) -> str:

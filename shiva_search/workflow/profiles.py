@@ -10,9 +10,10 @@ from shiva_search.models.model import Model
 from shiva_search.profiling.block_profiler import profile_model
 from shiva_search.records.files import check_folder_writable
 from shiva_search.records.profile import Profile
-from shiva_search.selection.router import Router
+from shiva_search.runtime.selector import Selector
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.opening import open_both, profile_folder
+from shiva_search.workflow.selectors import check_bypass, untrained_selector
 
 if TYPE_CHECKING:
     from shiva_search.devices.base import Device
@@ -28,12 +29,16 @@ def profile_command(
     seed: int,
     resume: bool,
     progress: Progress,
+    bypass: str = "affine",
+    bypass_rank: int | None = None,
 ) -> Answer:
     """`shiva-search profile`: measure, fit the cost model, write both."""
     device, model = open_both(model_name, device_name, workload, seed)
-    folder = out or profile_folder(device, model)
+    check_bypass(bypass, bypass_rank)
+    folder = out or profile_folder(device, model, bypass, bypass_rank)
     check_folder_writable(folder)
-    profile, cost = take_profile(model, device, folder, seconds, seed, resume, progress)
+    scorer = untrained_selector(model, bypass, bypass_rank)
+    profile, cost = take_profile(model, device, folder, seconds, seed, resume, progress, scorer)
     summary = {
         "folder": str(folder),
         "model": model.fingerprint(),
@@ -50,13 +55,23 @@ def profile_command(
 
 
 def take_profile(
-    model: Model, device: Device, folder: Path, seconds: float, seed: int, resume: bool, progress: Progress
+    model: Model,
+    device: Device,
+    folder: Path,
+    seconds: float,
+    seed: int,
+    resume: bool,
+    progress: Progress,
+    scorer: Selector,
 ) -> tuple[Profile, CostModel]:
-    """Measure, or take what the folder holds, and fit the cost model; both are kept in the folder."""
+    """Measure, or take what the folder holds, and fit the cost model; both are kept in the folder.
+
+    Args:
+        scorer: what selects in pruned blocks, and brings what rejected tokens do; its weights do not matter.
+    """
     if not resume:
         for name in ("profile.json", "profile.csv", "samples.csv", "cost_model.json"):
             (folder / name).unlink(missing_ok=True)
-    scorer = Router.for_model(model, seed=0)  # what selecting costs does not depend on what was learned
     profile = profile_model(model, device, seconds=seconds, seed=seed, folder=folder, scorer=scorer, progress=progress)
     profile.save(folder)
     cost = fit_cost_model(profile)

@@ -25,7 +25,7 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
     if not resume:
         checkpoint.unlink(missing_ok=True)
     start = run.scorer()
-    if not isinstance(start, Router):
+    if isinstance(start, str):
         start = Router.for_model(run.model, seed=seed)
     router, curve = tune(
         run.model, start, run.plan, steps=train_steps, seed=seed, checkpoint=checkpoint, progress=progress

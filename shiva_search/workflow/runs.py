@@ -12,8 +12,8 @@ from shiva_search.records.budget import Budget
 from shiva_search.records.files import read_json
 from shiva_search.records.plan import Plan
 from shiva_search.records.run import RunFolder
+from shiva_search.runtime.selector import Selector
 from shiva_search.selection.loading import load_selector
-from shiva_search.selection.router import Router
 from shiva_search.workflow.opening import open_both
 from shiva_search.workflow.settings import Settings
 
@@ -36,7 +36,7 @@ class OpenRun:
         """What was asked for."""
         return Budget.parse(self.settings.budget, self.settings.per, self.settings.steps)
 
-    def scorer(self) -> Router | str:
+    def scorer(self) -> Selector | str:
         """The trained selector where there is one."""
         return load_selector(self.folder.selector) if self.folder.selector.is_file() else "stride"
 

@@ -28,6 +28,9 @@ class Settings:
     min_keep: float | None = None
     trials: int = 100
     sampler: str = "trade"
+    bypass: str = "affine"
+    bypass_rank: int | None = None
+    attend: str = "free"
     train_steps: int = 60
     warmup_steps: int | None = None
     profile: str | None = None

@@ -8,7 +8,7 @@ from shiva_search.records.files import read_json
 from shiva_search.search import join_study
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.opening import open_both, profile_folder
-from shiva_search.workflow.routers import warm_router
+from shiva_search.workflow.selectors import ready_selector
 from shiva_search.workflow.settings import Settings
 
 
@@ -17,7 +17,11 @@ def worker_command(path: Path, *, storage: str, study: str, trials: int | None, 
     stored = read_json(path / "run.json", "run")
     settings = Settings(**stored["settings"])
     device, model = open_both(settings.model, settings.device, settings.workload, settings.seed)
-    folder = Path(settings.profile) if settings.profile else profile_folder(device, model)
-    router, _ = warm_router(model, settings, folder, progress)
+    folder = (
+        Path(settings.profile)
+        if settings.profile
+        else profile_folder(device, model, settings.bypass, settings.bypass_rank)
+    )
+    router, _ = ready_selector(model, settings, folder, progress)
     done = join_study(storage, study, model, scorer=router, trials=trials, progress=progress)
     return Answer({"study": study, "trials": done}, lambda: f"{done} plans judged for study {study}")
