@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -109,7 +109,7 @@ def warm_router(model: Model, path: Path | None, steps: int | None, seed: int) -
     """The router from a file, the one that ships, or one trained now."""
     shipped = shipped_router(model)
     if path is not None or (shipped is not None and steps is None):
-        return load_selector(path or shipped or "")
+        return cast(Router, load_selector(path or shipped or ""))
     return warm_up(model, steps=steps or 200, seed=seed, progress=tell)[0]
 
 

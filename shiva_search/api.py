@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from shiva_search.cost.cost_model import CostModel, fit_cost_model
 from shiva_search.errors import InputError
@@ -147,7 +147,7 @@ def warm_up(model: Model, steps: int | None = None, *, seed: int = 0, **options:
 
     shipped = shipped_router(model)
     if shipped is not None and steps is None:
-        return load(shipped)
+        return cast("Router", load(shipped))
     return train(model, steps=180 if steps is None else steps, seed=seed, **options)[0]
 
 

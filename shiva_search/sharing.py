@@ -20,7 +20,7 @@ from shiva_search.records.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-    from shiva_search.selection.router import Router
+    from shiva_search.runtime.selector import Selector
 
 PLAN, SELECTOR, ADAPTERS, CARD = "plan.json", "selector.safetensors", "adapters.safetensors", "README.md"
 _COSTS = {
@@ -33,7 +33,7 @@ def save_pretrained(
     plan: Plan | str | Path,
     folder: str | Path,
     *,
-    selector: Router | None = None,
+    selector: Selector | None = None,
     adapters: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a plan, and what was trained for it, to a folder that `from_pretrained` and `apply_plan` take.

@@ -235,8 +235,9 @@ class Plan:
             )
         count = max(len(rows), 1)
         segments = tuple((i / count, (i + 1) / count) for i in range(count))
-        chosen = [[Kept.of(entry) for entry in row] for row in rows]
-        kept = tuple(tuple(map(int, row)) for row in chosen)
+        # What is no whole number is left for the checks of the plan itself.
+        kept = tuple(tuple(int(entry) if isinstance(entry, Kept) else entry for entry in row) for row in rows)
+        chosen = [[entry if isinstance(entry, Kept) else Kept(0) for entry in row] for row in rows]
         made: dict[str, Any] = {"segments": segments, "model": model.fingerprint()}
         if any(entry.rank for row in chosen for entry in row):
             made["bypass"] = {"kind": bypass_kind, "ranks": [[entry.rank for entry in row] for row in chosen]}

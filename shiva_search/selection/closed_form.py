@@ -129,7 +129,7 @@ def fit_bypasses(
                 for segment, found in enumerate(sums[layer]):
                     _solve(made.bypasses[layer], found, segment)
                 if bank is not None:
-                    total = sum(found.squared for found in sums[layer])
+                    total = torch.stack([found.squared for found in sums[layer]]).sum(0)
                     report.missed[layer] = {
                         rank: float(total[1 + place] / total[0]) for place, rank in enumerate(offered)
                     }
