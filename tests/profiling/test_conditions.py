@@ -41,13 +41,9 @@ def test_threads_mode_and_gradients_are_set_and_restored() -> None:
 def test_blocks_are_compiled_where_the_workload_says_so() -> None:
     model = small_dit(layers=2, side=4)
     model.workload = model.workload.override(compile=True)
-    plain = [layer.module.forward for layer in model.layers]
     with deployed(model):
-        assert all(
-            layer.module.forward._torchdynamo_orig_callable == was
-            for layer, was in zip(model.layers, plain, strict=True)
-        )  # type: ignore[attr-defined]
-    assert all("forward" not in layer.module.__dict__ for layer in model.layers)
+        assert all(layer.module._compiled_call_impl is not None for layer in model.layers)
+    assert all(layer.module._compiled_call_impl is None for layer in model.layers)
 
 
 def test_blocks_get_what_they_get_in_a_dense_forward(tiny_model: Model) -> None:
