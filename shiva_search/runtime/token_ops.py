@@ -42,5 +42,5 @@ def share_over_guidance(scores_BN: torch.Tensor) -> torch.Tensor:
     Args:
         scores_BN: [B, N], B even; rows i and B/2 + i are the two halves of one image.
     """
-    halves = scores_BN.view(2, -1, scores_BN.shape[1])
-    return halves.amax(dim=0).repeat(2, 1)
+    shared_HN = torch.maximum(*scores_BN.chunk(2))
+    return torch.cat([shared_HN, shared_HN])
