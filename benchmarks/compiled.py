@@ -1,7 +1,7 @@
 """What torch.compile does for a planned model: compiled against eager, dense and planned, outputs and recompilations.
 
-Every layer keeps a number of tokens of its own, chosen by an untrained router. The four ways to run the model take turns, so
-that all see the same machine; compiling itself is timed apart.
+Every layer keeps a number of tokens of its own, chosen by an untrained router. The four ways to run the model take
+turns, so that all see the same machine; compiling itself is timed apart.
 
     python -m benchmarks.compiled --layers 6 --width 384 --tokens 1024
 """
@@ -12,7 +12,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -36,32 +35,26 @@ def falling(model: Model, keep: float) -> Plan:
 def ways(model: Model, plan: Plan, inputs: dict[str, Any]) -> dict[str, Callable[[], torch.Tensor]]:
     """The four ways to run the model; each puts its own hooks on and takes them off again."""
     router = Router.for_model(model).requires_grad_(False)
-    eager, compiled = (AppliedPlan(model, plan, router) for _ in range(2))
-    eager.remove()
-    compiled.remove()
+    eager, compiled = AppliedPlan(model, plan, router), AppliedPlan(model, plan, router).compile()
+    compiled.take_off()
+    dense = AppliedPlan(model, Plan.dense(model), router).compile()
+    dense.take_off()
 
-    def dense_compiled() -> torch.Tensor:
-        with ExitStack() as stack:
-            for layer in model.layers:
-                stack.callback(setattr, layer.module, "_compiled_call_impl", None)
-                layer.module.compile(fullgraph=True, dynamic=False)
-            return model.predict(inputs)
+    def under(applied: AppliedPlan) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            applied.put_on()
+            try:
+                return model.predict(inputs)
+            finally:
+                applied.take_off()
 
-    def planned() -> torch.Tensor:
-        eager.put_on()
-        with eager:
-            return model.predict(inputs)
-
-    def planned_compiled() -> torch.Tensor:
-        compiled.put_on()
-        with compiled.compile():
-            return model.predict(inputs)
+        return run
 
     return {
         "dense": lambda: model.predict(inputs),
-        "dense_compiled": dense_compiled,
-        "planned": planned,
-        "planned_compiled": planned_compiled,
+        "dense_compiled": under(dense),
+        "planned": under(eager),
+        "planned_compiled": under(compiled),
     }
 
 

@@ -192,8 +192,8 @@ class Router(Selector):
 def _project_normalised(x_BND: torch.Tensor, weight_ED: torch.Tensor, h_BE: torch.Tensor) -> torch.Tensor:
     """P_x(LayerNorm(x)) + h, [B, N, E] float32, with nothing of the tokens' size written but the result.
 
-    Rows of the weight that add up to zero take the mean out of x by themselves, without cancellation; what is left of the
-    normalisation is one factor per token.
+    Rows of the weight that add up to zero take the mean out of x by themselves, without cancellation; what is left of
+    the normalisation is one factor per token.
     """
     if x_BND.dtype == torch.float16:
         x_BND = x_BND.float()  # sums over features that were not normalised may overflow
