@@ -1,8 +1,9 @@
 """Caches of attention from step to step, inside a block whose tokens are chosen anew at each step.
 
 PyramidAttentionBroadcast, TaylorSeer and their like (diffusers.hooks) reuse what a module inside the block computed
-some steps ago. That belongs to the tokens kept then, so the choice is held for as long as the cache is filled. Where it cannot be held (another number of tokens, or a cache filled before the plan came), the cache is emptied. Caches
-around whole blocks (FirstBlockCache) see all tokens and need none of this.
+some steps ago. That belongs to the tokens kept then, so the choice is held for as long as the cache is filled. Where it
+cannot be held (another number of tokens, or a cache filled before the plan came), the cache is emptied. Caches around
+whole blocks (FirstBlockCache) see all tokens and need none of this.
 """
 
 from __future__ import annotations
