@@ -1,4 +1,4 @@
-"""A plan to share: from a run's folder to one as model hubs keep them, and back. Safetensors and JSON, nothing to execute.
+"""A plan to share: from a run's folder to one as model hubs keep them, and back. Safetensors and JSON, no code.
 
 plan.json               tokens kept, the model it is for, what it costs
 selector.safetensors    the trained selector, where there is one
@@ -129,7 +129,8 @@ def card(plan: Plan, *, has_selector: bool, rank: int | None) -> str:
             f"# A token plan for {model.get('name', 'a diffusion transformer')}",
             "",
             f"Made by shiva-search {__version__}. It says how many of {plan.tokens} image tokens each of "
-            f"{plan.layer_count} blocks processes, {100 * plan.mean_keep:.0f} % on average, and brings {' and '.join(parts)}.",
+            f"{plan.layer_count} blocks processes, {100 * plan.mean_keep:.0f} % on average, "
+            f"and brings {' and '.join(parts)}.",
             "The model itself is not in here.",
             "",
             "```python",

@@ -37,7 +37,6 @@ SHARES = {BLOCKS: 0.4, FORWARDS: 0.6}  # of the time
 _PLANS = 28  # random plans from end to end, time permitting
 _SAMPLES_PER_PLAN = 6
 _ENERGY_POINTS = 4  # counts per signature; power varies little between
-_COMPILED_COPIES = 2  # blocks of a signature that take turns where each is compiled for each count
 _ATTEND_POINTS = 6  # counts per signature at which kept tokens also attend to all
 _PROBES = 24  # counts added to locate steps, per signature
 _ENOUGH_TO_JUDGE = 8  # samples of every count of a curve, before steps are looked for; no cell is done with fewer
@@ -313,13 +312,12 @@ class Bench:
             x_BND = part.kwargs[part.layers[0].adapter.tokens]
             seen_BN = torch.ones(x_BND.shape[:2], device=x_BND.device)
             controller.history = History(seen_BN, seen_BN)
-        compiled = self.model.workload.compile
-        layers = part.layers[:_COMPILED_COPIES] if compiled else part.layers
-        blocks = [
-            PrunedBlock(layer, _identity(layer) if alone else self._plain[layer.name], controller).function
-            for layer in layers
-        ]
-        turns = cycle([torch.compile(block, dynamic=False) for block in blocks] if compiled else blocks)
+        turns = cycle(
+            [
+                PrunedBlock(layer, _identity(layer) if alone else self._plain[layer.name], controller)
+                for layer in part.layers
+            ]
+        )
         return lambda: next(turns)(**part.kwargs)
 
     def _rest_cell(self) -> Cell:

@@ -19,6 +19,7 @@ from shiva_search.models.blocks import Kwargs
 from shiva_search.models.model import Layer, Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.compiled import compiled_forwards
 
 _ROTATED_COPIES = 2
 _COPY_LIMIT_BYTES = 64 * 2**20  # beyond this a block's weights leave the cache between two runs of themselves
@@ -44,16 +45,20 @@ def deployed(model: Model) -> Iterator[None]:
 
 @contextmanager
 def _compiled(model: Model) -> Iterator[None]:
-    """Blocks run through torch.compile, dense ones and whatever a plan makes of them, each shape by itself."""
+    """Blocks run through torch.compile, one graph for all counts of tokens, as AppliedPlan.compile makes them."""
     replaced: list[tuple[nn.Module, Any]] = []
+    forwards = compiled_forwards((layer, layer.module.forward) for layer in model.layers)
     try:
-        for layer in model.layers:
-            replaced.append((layer.module, layer.module._compiled_call_impl))
-            layer.module.compile(dynamic=False)
+        for layer, forward in zip(model.layers, forwards, strict=True):
+            replaced.append((layer.module, layer.module.__dict__.get("forward")))
+            layer.module.forward = forward
         yield
     finally:
-        for module, before in replaced:
-            module._compiled_call_impl = before  # type: ignore[assignment]
+        for module, previous in replaced:
+            if previous is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = previous
 
 
 def shapes_of(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.bypass import AffineBypass
+from shiva_search.runtime.compiled import compiled_forwards
 from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.pruned_block import Controller, Gate, PrunedBlock
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
@@ -95,28 +96,37 @@ class AppliedPlan:
                     )
 
     def put_on(self) -> None:
-        """Put the plan on again after it was taken off, with all that was compiled for it."""
+        """Put the plan on again after `take_off`."""
         if getattr(self.model.module, _MARK, None) is not self:
             remove_plan(self.model.module)
-            for attached in (*self._blocks, self._root):
-                attached.put_on()
+            for block in self._blocks:
+                block.put_on()
+            self._root.put_on()
             object.__setattr__(self.model.module, _MARK, self)
 
     def compile(self, **options: Any) -> AppliedPlan:
-        """Compile each block with its selection, until the plan is removed; the rest of the forward stays as it is.
+        """Compile the blocks, until the plan is removed; nothing is compiled again once each has run.
 
-        Every block is compiled by itself, for the number of tokens it keeps in each segment of the plan, so that nothing is compiled again
-        after each has run once. The blocks are first run, and compiled, by the forwards that follow.
+        By default one graph per kind of block serves any number of tokens, and choosing them stays outside. With
+        dynamic=False each block is compiled together with its choice, for the very number it keeps in each segment:
+        that takes longer to compile and leaves less to do in each step. The model as a whole compiles too, with the
+        plan on: torch.compile(model, fullgraph=True).
 
         Args:
-            **options: of torch.compile; fullgraph and dynamic=False unless said otherwise.
+            **options: of torch.compile.
 
         Returns:
             This handle.
         """
-        for layer in self.model.layers:
-            self._compiled.append((layer.module, layer.module._compiled_call_impl))
-            layer.module.compile(**{"fullgraph": True, "dynamic": False, **options})
+        if options.get("dynamic") is False:
+            for layer in self.model.layers:
+                self._compiled.append((layer.module, layer.module._compiled_call_impl))
+                layer.module.compile(**options)
+        else:
+            blocks = [attached.stand_in for attached in self._blocks]
+            forwards = zip(self.model.layers, [block.forward for block in blocks], strict=True)
+            for block, forward in zip(blocks, compiled_forwards(forwards, **options), strict=True):
+                block.compiled = forward
         return self
 
     def begin(self, named: Mapping[str, Any]) -> None:
@@ -166,17 +176,23 @@ class AppliedPlan:
         """Call `undo` once the plan is off; the last one added comes first."""
         self._afterwards.append(undo)
 
-    def remove(self) -> None:
-        """Take the hooks off; the model is as it was before, other hooks on it stay. Safe to call twice."""
+    def take_off(self) -> None:
+        """Take the hooks off for a while; `put_on` puts them on again, with all that was compiled for them."""
         self._root.take_off()
         for block in self._blocks:
             block.take_off()
             block.stand_in.held.release()
-        while self._compiled:
-            module, before = self._compiled.pop()
-            module._compiled_call_impl = before  # type: ignore[assignment]
         if getattr(self.model.module, _MARK, None) is self:
             object.__delattr__(self.model.module, _MARK)
+
+    def remove(self) -> None:
+        """Take everything off; the model is as it was before, and other hooks on it stay. Safe to call twice."""
+        self.take_off()
+        while self._compiled:
+            module, before = self._compiled.pop()
+            module._compiled_call_impl = before
+        for block in self._blocks:
+            block.stand_in.compiled = None
         while self._afterwards:
             self._afterwards.pop()()
 

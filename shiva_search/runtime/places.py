@@ -1,9 +1,9 @@
 """Where a module's forward hangs: put a stand-in under whatever hooks are on it, and take it off in any order.
 
-accelerate and diffusers hook a module by putting a wrapper in `module.forward` and keeping what was there before. Both put
-that back blindly when they are removed, which would lose a stand-in put on later, and bring back one taken off
-meanwhile. So a stand-in goes where the innermost forward is kept: a cache or an offloading hook sees whole blocks, whether
-it came before the plan or after.
+accelerate and diffusers hook a module by putting a wrapper in `module.forward` and keeping what was there before. Both
+put that back blindly when they are removed, which would lose a stand-in put on later, and bring back one taken off
+meanwhile. So a stand-in goes where the innermost forward is kept: a cache or an offloading hook sees whole blocks,
+whether it came before the plan or after.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -68,14 +68,17 @@ class StandIn:
         raise NotImplementedError
 
 
-class Attached:
+_Stand = TypeVar("_Stand", bound=StandIn)
+
+
+class Attached(Generic[_Stand]):
     """A stand-in put on a module.
 
     Args:
         make: forward -> what stands in for it.
     """
 
-    def __init__(self, module: nn.Module, make: Callable[[Forward], StandIn]) -> None:
+    def __init__(self, module: nn.Module, make: Callable[[Forward], _Stand]) -> None:
         self._module = module
         self.stand_in = make(_innermost(module).forward)
         self.put_on()

@@ -154,13 +154,19 @@ def _no_history(x_BND: torch.Tensor) -> History:
 
 
 class PrunedBlock(StandIn):
-    """Stands in for a block's forward. With all tokens kept it calls the block as it was called, bit for bit."""
+    """Stands in for a block's forward. With all tokens kept it calls the block as it was called, bit for bit.
+
+    Attributes:
+        held: the choice that a cache inside the block belongs to.
+        compiled: the forward after torch.compile, where it is to run instead.
+    """
 
     def __init__(self, layer: Layer, forward: Callable[..., Any], controller: Controller) -> None:
         super().__init__(forward)
         self.layer = layer
         self.controller = controller
         self.held = HeldChoice(layer.module)
+        self.compiled: Callable[..., Any] | None = None
 
     def stand_in(self, *args: Any, **kwargs: Any) -> Any:
         """The block on the tokens it keeps.
@@ -169,10 +175,11 @@ class PrunedBlock(StandIn):
             InputError: another number of image tokens than the plan is for.
         """
         adapter = self.layer.adapter
+        forward = self.forward if self.compiled is None else self.compiled
         kwargs.update(zip(self.layer.arguments, args, strict=False))
         if adapter.joint is None or CONTEXT in kwargs:
-            return self._run(self.forward, kwargs)
-        apart = adapter.apart(self.forward)
+            return self._run(forward, kwargs)
+        apart = adapter.apart(forward)
         whole = adapter.around(lambda **split: self._run(apart, split), self.layer.arguments, self.controller.tokens)
         return whole(**kwargs)
 
@@ -256,7 +263,7 @@ class PrunedBlock(StandIn):
     def _chosen(
         self, x_BND: torch.Tensor, condition_BC: torch.Tensor, choice: Kept, hidden_BNQ: torch.Tensor | None
     ) -> torch.Tensor:
-        """Indices [B, K] of the tokens to keep, ascending; a cache inside the block may hold the choice of a step before."""
+        """Indices [B, K] of the tokens to keep, ascending; a cache inside the block may hold those of a step before."""
         eager, k = not torch.compiler.is_compiling(), int(choice)
         kept_BK = self.held.find(len(x_BND), k) if eager else None
         if kept_BK is None:

@@ -44,9 +44,12 @@ class Stride:
 
     def __call__(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
         batch, tokens, _ = x_BND.shape
-        position_N = torch.arange(tokens, device=x_BND.device, dtype=torch.float64)
-        scores_N = (position_N * _GOLDEN + layer * _GOLDEN**2) % 1.0
-        return scores_N.to(torch.float32).expand(batch, tokens)
+        return self.order(tokens, layer, x_BND.device).expand(batch, tokens)
+
+    def order(self, tokens: int, layer: int, device: torch.device) -> torch.Tensor:
+        """The scores of one sample, [N]."""
+        position_N = torch.arange(tokens, device=device, dtype=torch.float64)
+        return ((position_N * _GOLDEN + layer * _GOLDEN**2) % 1.0).to(torch.float32)
 
 
 class Random:

@@ -1,9 +1,9 @@
 """Caches of attention from step to step, inside a block whose tokens are chosen anew at each step.
 
-PyramidAttentionBroadcast, TaylorSeer and their like (diffusers.hooks) reuse what a module inside the block computed some
-steps ago. That belongs to the tokens that were kept then, so the choice is held for as long as the cache is filled. Where it cannot
-be held (another number of tokens, or a cache filled before the plan came), the cache is emptied. Caches around whole
-blocks (FirstBlockCache) see all tokens and need none of this.
+PyramidAttentionBroadcast, TaylorSeer and their like (diffusers.hooks) reuse what a module inside the block computed
+some steps ago. That belongs to the tokens kept then, so the choice is held for as long as the cache is filled. Where it
+cannot be held (another number of tokens, or a cache filled before the plan came), the cache is emptied. Caches around
+whole blocks (FirstBlockCache) see all tokens and need none of this.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class HeldChoice:
         was_batch, was_k, kept_BK = self._held.get(name, (batch, -1, None))
         if was_batch != batch:
             raise InputError(
-                f"a cache inside the blocks was filled at batch {was_batch} and this forward has {batch}, so the tokens it "
-                "belongs to are not known; empty the cache between them (transformer._reset_stateful_cache())"
+                f"a cache inside the blocks was filled at batch {was_batch} and this forward has {batch}, so the "
+                "tokens it belongs to are not known; empty the cache between them (transformer._reset_stateful_cache())"
             )
         if was_k != k:
             _empty(hooks)
@@ -89,7 +89,7 @@ def _is_empty(hook: Any, context: str) -> bool:
     if managers:
         return all(context not in manager._state_cache for manager in managers)
     state = getattr(hook, "state", None)
-    return hasattr(state, "cache") and state.cache is None
+    return getattr(state, "cache", "unknown") is None
 
 
 def _empty(hooks: list[tuple[nn.Module, Any]]) -> None:

@@ -26,8 +26,8 @@ def scatter_tokens(
 ) -> torch.Tensor:
     """x with the kept rows replaced (eq. 4). x itself is left alone, unless it is the caller's `own` to overwrite."""
     table, updated = x_BND.reshape(-1, x_BND.shape[-1]), updated_BKD.reshape(-1, x_BND.shape[-1])
-    rows = _rows(kept_BK, x_BND.shape[1])
-    return (table.index_copy_(0, rows, updated) if own else table.index_copy(0, rows, updated)).view(x_BND.shape)
+    rows = (_rows(kept_BK, x_BND.shape[1]),)  # index_put is a little faster than index_copy
+    return (table.index_put_(rows, updated) if own else table.index_put(rows, updated)).view(x_BND.shape)
 
 
 def _rows(kept_BK: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -42,5 +42,5 @@ def share_over_guidance(scores_BN: torch.Tensor) -> torch.Tensor:
     Args:
         scores_BN: [B, N], B even; rows i and B/2 + i are the two halves of one image.
     """
-    halves = scores_BN.view(2, -1, scores_BN.shape[1])
-    return halves.amax(dim=0).repeat(2, 1)
+    shared_HN = torch.maximum(*scores_BN.chunk(2))
+    return torch.cat([shared_HN, shared_HN])

@@ -63,8 +63,8 @@ def adapted(
     others = {name for layer in model.module.modules() for name in adapters_of_layer(layer)}
     if others:
         raise InputError(
-            f"the model already has adapters on ({', '.join(sorted(others))}) and these belong under them; unload those, "
-            "put these on, and load those again"
+            f"the model already has adapters on ({', '.join(sorted(others))}) and these belong under them; "
+            "unload those, put these on, and load those again"
         )
     targets = adapted_linears(model)
     model.fingerprint()  # remembered: plans and selectors stay valid for the model underneath

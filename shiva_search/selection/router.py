@@ -21,6 +21,7 @@ from shiva_search.runtime.scorers import History, Stride
 from shiva_search.runtime.selector import Selector
 
 FEATURES = ("age", "update_size", "spread")
+_EPSILON = 1e-5  # of LayerNorm
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Router(Selector):
         self.uses_update_size = "update_size" in config.features
         self.units = nn.ModuleList(_Unit(config) for _ in range(math.ceil(config.layers / config.group)))
         self._stride = Stride()
+        self._spreads: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -161,20 +163,46 @@ class Router(Selector):
                 + unit.condition(condition_BC.detach().float())
                 + unit.layer.weight[layer % self.config.group]
             )
-            normalised_BND = F.layer_norm(x_BND, x_BND.shape[-1:])
-            hidden_BNE = F.linear(normalised_BND, unit.tokens.weight.to(x_BND.dtype)).float() + h_BE[:, None]
+            hidden_BNE = _project_normalised(x_BND, unit.tokens.weight, h_BE)
             if unit.history is not None and history is not None:
-                hidden_BNE = hidden_BNE + unit.history(self._history(history))
-            scores_BN = F.layer_norm(F.silu(hidden_BNE), hidden_BNE.shape[-1:]) @ unit.score
+                for feature_BN, weight_E in zip(self._history(history), unit.history.weight.unbind(1), strict=True):
+                    hidden_BNE = torch.addcmul(hidden_BNE, feature_BN[..., None], weight_E)
+            active_BNE = F.silu(hidden_BNE, inplace=not hidden_BNE.requires_grad)
+            scores_BN = F.layer_norm(active_BNE, active_BNE.shape[-1:]) @ unit.score
             if unit.spread is not None:
-                spread_BN = self._stride(x_BND, t_B, condition_BC, layer)
-                scores_BN = scores_BN + unit.spread[layer % self.config.group] * spread_BN
+                scores_BN = scores_BN + unit.spread[layer % self.config.group] * self._even_spread(x_BND, layer)
         return scores_BN
 
-    def _history(self, history: History) -> torch.Tensor:
-        """[B, N, F], on a logarithmic scale: one layer more matters most for a token just processed."""
+    def _history(self, history: History) -> list[torch.Tensor]:
+        """Each feature [B, N], on a logarithmic scale: one layer more matters most for a token just processed."""
         named = {"age": history.age_BN, "update_size": history.update_size_BN}
-        return torch.stack([named[name].float().log1p() for name in self.config.features if name in named], dim=-1)
+        return [named[name].float().log1p() for name in self.config.features if name in named]
+
+    def _even_spread(self, x_BND: torch.Tensor, layer: int) -> torch.Tensor:
+        """The even spread of a layer, [1, N]; it is the same in every forward."""
+        if torch.compiler.is_compiling():
+            return self._stride.order(x_BND.shape[1], layer, x_BND.device)[None]
+        key = (x_BND.shape[1], layer, x_BND.device)
+        if key not in self._spreads:
+            with torch.inference_mode(False):  # so that training may use it later
+                self._spreads[key] = self._stride.order(*key)[None]
+        return self._spreads[key]
+
+
+def _project_normalised(x_BND: torch.Tensor, weight_ED: torch.Tensor, h_BE: torch.Tensor) -> torch.Tensor:
+    """P_x(LayerNorm(x)) + h, [B, N, E] float32, with nothing of the tokens' size written but the result.
+
+    Rows of the weight that add up to zero take the mean out of x by themselves, without cancellation; what is left of
+    the normalisation is one factor per token.
+    """
+    if x_BND.dtype == torch.float16:
+        x_BND = x_BND.float()  # sums over features that were not normalised may overflow
+    centred_ED = weight_ED - weight_ED.mean(dim=1, keepdim=True)
+    projected_BNE = F.linear(x_BND, centred_ED.to(x_BND.dtype)).float()
+    square_BN = torch.linalg.vector_norm(x_BND, dim=-1, dtype=torch.float32).square() / x_BND.shape[-1]
+    variance_BN = square_BN - x_BND.mean(dim=-1, dtype=torch.float32).square()
+    scale_BN = (variance_BN.clamp_min(0.0) + _EPSILON).rsqrt()
+    return torch.addcmul(h_BE[:, None], projected_BNE, scale_BN[..., None])
 
 
 def sinusoid(t_B: torch.Tensor, features: int) -> torch.Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from virtual_device import small_dit
+from torch._dynamo.utils import counters
+from virtual_device import VirtualDevice, small_dit
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
+from shiva_search.profiling.block_profiler import profile_model
 from shiva_search.profiling.conditions import (
     check_place,
     deployed,
@@ -17,6 +21,8 @@ from shiva_search.profiling.conditions import (
     shapes_of,
     without_blocks,
 )
+from shiva_search.records.plan import Plan
+from shiva_search.runtime.apply import AppliedPlan
 
 
 def test_threads_mode_and_gradients_are_set_and_restored() -> None:
@@ -38,16 +44,37 @@ def test_threads_mode_and_gradients_are_set_and_restored() -> None:
         torch.set_num_threads(threads)
 
 
-def test_blocks_are_compiled_where_the_workload_says_so() -> None:
-    model = small_dit(layers=2, side=4)
+def test_blocks_are_compiled_where_the_workload_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, guarded, not translated
+    model = small_dit(layers=3, side=4)
     model.workload = model.workload.override(compile=True)
-    plain = [layer.module.forward for layer in model.layers]
+    inputs = model.example()
+    with torch.no_grad():
+        expected = model.predict(inputs)
+    torch._dynamo.reset()
+    counters.clear()
     with deployed(model):
-        assert all(
-            layer.module.forward._torchdynamo_orig_callable == was
-            for layer, was in zip(model.layers, plain, strict=True)
-        )  # type: ignore[attr-defined]
+        torch.testing.assert_close(model.predict(inputs), expected)
+        for k in (9, 5, 12):
+            with AppliedPlan(model, Plan.from_rows(model, [[16, k, k + 1]])):
+                model.predict(inputs)
+        # For all counts; the first block gets its tokens as a view of an image, the others as rows.
+        assert counters["stats"]["unique_graphs"] == 2
     assert all("forward" not in layer.module.__dict__ for layer in model.layers)
+    torch._dynamo.reset()
+
+
+def test_a_profile_of_compiled_blocks_compiles_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = small_dit(layers=2, side=8)
+    model.workload = model.workload.override(compile=True)
+    torch._dynamo.reset()
+    counters.clear()
+    device = VirtualDevice()
+    profile = profile_model(model, device, seconds=5, counts=[0, 8, 16, 32, 48, 64], plans=2, clock=device.clock)
+    assert {row.tokens_kept for row in profile.rows} == {0, 8, 16, 32, 48, 64}
+    assert counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
 
 
 def test_blocks_get_what_they_get_in_a_dense_forward(tiny_model: Model) -> None:

@@ -1,4 +1,4 @@
-"""Plans together with what else hangs on a model: adapters, offloading, caches. In any order, and nothing left behind."""
+"""Plans together with what else hangs on a model: adapters, offloading, caches. In any order, with no trace."""
 
 from __future__ import annotations
 
