@@ -156,12 +156,25 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def refuse_known(class_name: str) -> None:
+    """Refuse a class that is known not to allow plans.
+
+    Raises:
+        InputError: says why.
+    """
+    if class_name in REFUSED:
+        raise _no_adapter(class_name)
+
+
 def _no_adapter(class_name: str, where: str = "") -> InputError:
     known = ", ".join(family.model_class for family in FAMILIES)
     place = f" in {where}" if where else ""
     if class_name in REFUSED:
         return InputError(f"plans cannot be put on {class_name}{place}: {REFUSED[class_name]}")
-    return InputError(f"no adapter for model class {class_name!r}{place}; known classes: {known}")
+    return InputError(
+        f"no adapter for model class {class_name!r}{place}; known classes: {known}; "
+        "shiva_search.wrap(module, example=...) looks whether it can do without"
+    )
 
 
 def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dict[str, Any] | None = None) -> Model:
@@ -177,7 +190,7 @@ def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dic
     family = family_of(class_name)
     if family is None:
         raise _no_adapter(class_name)
-    config = dict(module.config)  # type: ignore[arg-type]
+    config = dict(getattr(module, "config", {}))
     return Model(module, name, family, family.defaults(config).override(**(workload or {})), origin=origin)
 
 
