@@ -223,16 +223,37 @@ def shipped_bypass(model: Model) -> Path | None:
 
 
 def list_models() -> list[dict[str, str]]:
-    """What --model accepts, a row each: name, kind, class, verified."""
-    built_in = family_of("DiTTransformer2DModel")
-    assert built_in is not None
-    rows = [(BUILT_IN, "built in, trained", built_in)]
-    rows += [(name, "random weights", family) for name, (family, _) in ARCHITECTURES.items()]
-    rows += [(f"folder or hub id, {family.name}", "diffusers format", family) for family in FAMILIES]
-    return [
-        {"name": name, "kind": kind, "class": family.model_class, "verified": family.verified}
-        for name, kind, family in rows
-    ]
+    """What --model accepts, a row each, family by family: name, family, kind, class, verified."""
+    rows = []
+    for family in FAMILIES:
+        names = [(BUILT_IN, "built in, trained")] if family.name == "dit" else []
+        names += [(name, "random weights") for name in family.architectures]
+        names.append((f"folder or hub id, {family.name}", "diffusers format"))
+        rows += [
+            {
+                "name": name,
+                "family": family.name,
+                "kind": kind,
+                "class": family.model_class,
+                "verified": family.verified,
+            }
+            for name, kind in names
+        ]
+    return rows
 
 
-__all__ = ["ARCHITECTURES", "BUILT_IN", "REFERENCE", "Workload", "as_model", "list_models", "load_model"]
+def list_refused() -> list[dict[str, str]]:
+    """Model classes that are known not to allow plans: class and reason."""
+    return [{"class": name, "reason": reason} for name, reason in REFUSED.items()]
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "BUILT_IN",
+    "REFERENCE",
+    "Workload",
+    "as_model",
+    "list_models",
+    "list_refused",
+    "load_model",
+]
