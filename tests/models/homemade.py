@@ -27,7 +27,7 @@ class Attention(nn.Module):
                 part * cos + torch.stack([-part[..., 1::2], part[..., ::2]], -1).flatten(-2) * sin for part in (q, k)
             )
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        bias = None if mask is None else mask[:, None, None, :]
+        bias = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None, :]
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
 
@@ -123,10 +123,18 @@ class Denoiser(nn.Module):
         rotary: positions are rotary tables handed to every block, not added at the input.
         skips: the second half of the blocks gets its input plus what the first half gave, last come first served.
         bias: attention bias for some image tokens.
+        pairs: attention bias for pairs of image tokens, as of their distance.
     """
 
     def __init__(
-        self, block: type[Block], *, rotary: bool = False, skips: bool = False, bias: bool = False, side: int = 8
+        self,
+        block: type[Block],
+        *,
+        rotary: bool = False,
+        skips: bool = False,
+        bias: bool = False,
+        pairs: bool = False,
+        side: int = 8,
     ) -> None:
         super().__init__()
         tokens = (side // 2) ** 2
@@ -134,7 +142,7 @@ class Denoiser(nn.Module):
         self.body = nn.Module()
         self.body.layers = nn.ModuleList(block(tokens) for _ in range(4))
         self.positions = nn.Parameter(torch.randn(tokens, WIDTH))
-        self.rotary, self.skips, self.bias = rotary, skips, bias
+        self.rotary, self.skips, self.bias, self.pairs = rotary, skips, bias, pairs
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         side = x.shape[-1] // 2
@@ -148,6 +156,8 @@ class Denoiser(nn.Module):
             tokens = tokens + self.positions
         if self.bias:
             mask = torch.linspace(-1, 1, tokens.shape[1]).expand(len(x), -1)
+        if self.pairs:
+            mask = -torch.cdist(self.positions, self.positions)[None]
         kept = []
         for place, layer in enumerate(self.body.layers):
             if self.skips and place >= 2:

@@ -28,7 +28,9 @@ from tests.models.homemade import (
     example,
 )
 
-SOUND: list[dict[str, Any]] = [{}, {"rotary": True}, {"bias": True}, {"rotary": True, "bias": True}]
+SOUND: list[dict[str, Any]] = [
+    {}, {"rotary": True}, {"bias": True}, {"pairs": True}, {"rotary": True, "bias": True},
+]  # fmt: skip
 #: Families whose blocks take text and image tokens as one sequence.
 JOINT = ("auraflow", "lumina2", "flux2", "z-image")
 
@@ -53,7 +55,7 @@ def one_at_a_time(module: nn.Module, inputs: dict[str, torch.Tensor], kept: dict
                 rows = kept[place][sample]
                 tables = None if rotary is None else tuple(table[rows] for table in rotary)
                 result = tokens.clone()
-                result[:, rows] = layer(tokens[:, rows], cond, tables, None if mask is None else mask[:, rows])
+                result[:, rows] = layer(tokens[:, rows], cond, tables, _of_rows(mask, rows))
                 return result
 
             return forward
@@ -75,6 +77,12 @@ def one_at_a_time(module: nn.Module, inputs: dict[str, torch.Tensor], kept: dict
         finally:
             body.layers = original
     return torch.cat(outputs)
+
+
+def _of_rows(mask: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    if mask is None or mask.ndim == 2:
+        return None if mask is None else mask[:, rows]
+    return mask[:, rows][:, :, rows]
 
 
 @pytest.mark.parametrize("options", SOUND, ids=str)

@@ -127,11 +127,66 @@ def call_dit(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Te
     return torch.from_numpy(found)
 
 
+def build_with(name: str, pipeline: Any, channels: int) -> Callable[[], Any]:
+    """The pipelines of families with one text encoder, which is left out."""
+    return lambda: pipeline(
+        transformer=CASES[name].module(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae(channels),
+        text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+
+
+def call_masked(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    """AuraFlow and Lumina: captions of two lengths, told by masks."""
+    prompt = {"prompt_embeds": drawn(1, TEXT, 12), "prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}
+    if guidance:
+        prompt |= {
+            "negative_prompt_embeds": drawn(3, TEXT, 12),
+            "negative_prompt_attention_mask": torch.tensor([[1, 1, 0, 0, 0]]),
+        }
+    # Lumina's pipeline does not repeat the second mask for several images, so the caller does.
+    repeated = {name: value.repeat(images, *[1] * (value.ndim - 1)) for name, value in prompt.items()}
+    found: torch.Tensor = pipe(
+        **repeated, height=64, width=64, num_inference_steps=STEPS,
+        guidance_scale=4.0 if guidance else 1.0, generator=noise(images, first), output_type="pt",
+    ).images  # fmt: skip
+    return found
+
+
+def call_cogview4(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    prompt = {"prompt_embeds": drawn(1, TEXT, 12)}
+    if guidance:
+        prompt |= {"negative_prompt_embeds": drawn(3, TEXT, 12)}
+    found: torch.Tensor = pipe(
+        **prompt, height=64, width=64, num_inference_steps=STEPS, num_images_per_prompt=images,
+        guidance_scale=4.0 if guidance else 1.0, generator=noise(images, first), output_type="pt",
+    ).images  # fmt: skip
+    return found
+
+
+def call_z_image(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    """Captions come as lists; that of the other half of guidance fills one multiple of 32 more."""
+    prompt = {"prompt_embeds": [drawn(1, TEXT, 12)[0]]}
+    if guidance:
+        prompt |= {"negative_prompt_embeds": [drawn(3, 40, 12)[0]]}
+    found: torch.Tensor = pipe(
+        **prompt, height=64, width=64, num_inference_steps=STEPS, num_images_per_prompt=images,
+        guidance_scale=4.0 if guidance else 0.0, generator=noise(images, first), output_type="pt",
+    ).images  # fmt: skip
+    return found
+
+
+#: These run the two halves of guidance one after the other.
+HALVES_APART = ("FluxPipeline", "Lumina2Pipeline", "CogView4Pipeline")
+
 PIPELINES = (
     PipelineCase("StableDiffusion3Pipeline", build_sd3, call_sd3),
     PipelineCase("FluxPipeline", build_flux, call_flux),
     PipelineCase("PixArtSigmaPipeline", build_pixart, call_pixart),
     PipelineCase("DiTPipeline", build_dit, call_dit),
+    PipelineCase("AuraFlowPipeline", build_with("auraflow", diffusers.AuraFlowPipeline, 4), call_masked),
+    PipelineCase("Lumina2Pipeline", build_with("lumina2", diffusers.Lumina2Pipeline, 4), call_masked),
+    PipelineCase("CogView4Pipeline", build_with("cogview4", diffusers.CogView4Pipeline, 4), call_cogview4),
+    PipelineCase("ZImagePipeline", build_with("z-image", diffusers.ZImagePipeline, 4), call_z_image),
 )
 
 
@@ -177,7 +232,7 @@ def test_a_pipeline_runs_with_a_plan_and_is_itself_again(case: PipelineCase, gui
     assert not torch.equal(planned, dense)
     assert torch.equal(case.call(pipe, guidance, images), dense)
     assert {kept.shape[1] for kept in kept_of} == {8}
-    if guidance and not case.name.startswith("Flux"):  # Flux runs its two halves one after the other
+    if guidance and case.name not in HALVES_APART:
         halves = [kept.chunk(2) for kept in kept_of]
         assert all(torch.equal(first, second) for first, second in halves)
 

@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2 (Wan team, arXiv 2503.20314): tokens of a video, rotary tables in three axes.
 
-Tokens are latent frames x height x width; plans are for videos with square frames.
+Tokens are latent frames x height x width; plans are for videos with square frames. Wan 2.2 14B has two transformers,
+for the noisy and for the late steps: each takes a plan of its own.
 """
 
 from __future__ import annotations
