@@ -128,5 +128,5 @@ WAN = Family(
         "wan2.1-t2v-14b": _WAN_2_1,
         "wan2.1-t2v-1.3b": {**_WAN_2_1, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     },
-    verified="exact against a loop over samples and tokens",
+    verified="exact against a loop over samples and tokens; WanPipeline",
 )
