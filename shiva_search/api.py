@@ -43,15 +43,18 @@ def wrap(
     """Tell the package about a transformer you hold.
 
     Args:
-        module: a diffusers transformer of a known class.
-        example: keyword arguments of one forward as you call it; batch, dtype and shapes are read from it.
+        module: a diffusers transformer of a known class, or any transformer, which is then probed.
+        example: keyword arguments of one forward as you call it; batch, dtype and shapes are read from it. A probe
+            needs two samples or more, and its findings are for images of this size.
         workload: the conditions it is deployed in, where no example says so.
 
     Raises:
-        InputError: the class has no adapter.
+        InputError: the class has no adapter, and no example is given or the probe finds that plans are not sound.
     """
     from shiva_search.models.catalog import as_model
 
+    if example is not None and family_of(type(module).__name__) is None:
+        return _probed(module, example, name or type(module).__name__)
     model = as_model(module, name or type(module).__name__, "wrapped", workload.as_dict() if workload else None)
     return model if example is None else model.like(example)
 
@@ -331,6 +334,27 @@ def _put_on_adapters(model: Model, path: Path) -> Callable[[], object]:
         parameters = stack.enter_context(adapted(model, rank_of(state), state))
         parameters.requires_grad_(False)
         return stack.pop_all().close
+
+
+def _probed(module: nn.Module, example: Mapping[str, Any], name: str) -> Model:
+    """A model of no known class; refused unless a plan that keeps all tokens gives the module's own bits."""
+    import torch
+
+    from shiva_search.models.catalog import refuse_known
+    from shiva_search.models.probe import at_rest, probe
+
+    refuse_known(type(module).__name__)
+    family, workload = probe(module, example)
+    model = Model(module, name, family, workload, origin="wrapped")
+    with at_rest(module):
+        dense = model.predict(example)
+        with AppliedPlan(model, Plan.dense(model)):
+            kept = model.predict(example)
+    if not torch.equal(kept, dense):
+        raise InputError(
+            f"a plan that keeps all tokens does not give the bits of {name}; it cannot be used without an adapter"
+        )
+    return model
 
 
 def _scorer_of(plan: Plan, selector: Selector) -> TokenScorer:

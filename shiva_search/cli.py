@@ -253,7 +253,12 @@ def generate(
     run: RunArgument,
     count: Annotated[int, typer.Option(help="Images.", min=1)] = 10,
     steps: Annotated[int, typer.Option(help="Sampler steps.", min=1)] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="Strength of guidance.", min=0)] = 2.5,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Strength of guidance [2.5 for fashion-dit, else the pipeline's own].", min=0)
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="For a pipeline of text; may be given several times.")
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -261,7 +266,7 @@ def generate(
     from shiva_search import workflow
 
     answer = workflow.generate_command(
-        run, count=count, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=_say
+        run, count=count, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=_say, prompts=prompt or ()
     )
     _emit(answer.summary, as_json, answer.text)
 

@@ -84,7 +84,18 @@ def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> Non
     assert code == 0
     assert {entry["device"] for entry in json.loads(out)["devices"]} >= {"cpu"}
     code, out, _ = run(capsys, "models", "--json")
-    assert "fashion-dit" in [row["name"] for row in json.loads(out)["models"]]
+    listed = json.loads(out)
+    assert "fashion-dit" in [row["name"] for row in listed["models"]]
+    assert [row["class"] for row in listed["refused"]] == ["SanaTransformer2DModel"]
+
+
+def test_models_are_listed_by_family_with_what_was_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "models")
+    lines = out.splitlines()
+    start = lines.index("sd3: SD3Transformer2DModel")
+    assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["sd3.5-medium", "sd3.5-large", "sd3-medium"]
+    assert lines[start + 5].startswith("  verified: exact") and "StableDiffusion3Pipeline" in lines[start + 5]
+    assert sum(line.startswith("  verified: ") for line in lines) == 12
 
 
 def test_frames_of_a_video_reach_the_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -156,12 +156,25 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def refuse_known(class_name: str) -> None:
+    """Refuse a class that is known not to allow plans.
+
+    Raises:
+        InputError: says why.
+    """
+    if class_name in REFUSED:
+        raise _no_adapter(class_name)
+
+
 def _no_adapter(class_name: str, where: str = "") -> InputError:
     known = ", ".join(family.model_class for family in FAMILIES)
     place = f" in {where}" if where else ""
     if class_name in REFUSED:
         return InputError(f"plans cannot be put on {class_name}{place}: {REFUSED[class_name]}")
-    return InputError(f"no adapter for model class {class_name!r}{place}; known classes: {known}")
+    return InputError(
+        f"no adapter for model class {class_name!r}{place}; known classes: {known}; "
+        "shiva_search.wrap(module, example=...) looks whether it can do without"
+    )
 
 
 def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dict[str, Any] | None = None) -> Model:
@@ -177,7 +190,7 @@ def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dic
     family = family_of(class_name)
     if family is None:
         raise _no_adapter(class_name)
-    config = dict(module.config)  # type: ignore[arg-type]
+    config = dict(getattr(module, "config", {}))
     return Model(module, name, family, family.defaults(config).override(**(workload or {})), origin=origin)
 
 
@@ -210,16 +223,37 @@ def shipped_bypass(model: Model) -> Path | None:
 
 
 def list_models() -> list[dict[str, str]]:
-    """What --model accepts, a row each: name, kind, class, verified."""
-    built_in = family_of("DiTTransformer2DModel")
-    assert built_in is not None
-    rows = [(BUILT_IN, "built in, trained", built_in)]
-    rows += [(name, "random weights", family) for name, (family, _) in ARCHITECTURES.items()]
-    rows += [(f"folder or hub id, {family.name}", "diffusers format", family) for family in FAMILIES]
-    return [
-        {"name": name, "kind": kind, "class": family.model_class, "verified": family.verified}
-        for name, kind, family in rows
-    ]
+    """What --model accepts, a row each, family by family: name, family, kind, class, verified."""
+    rows = []
+    for family in FAMILIES:
+        names = [(BUILT_IN, "built in, trained")] if family.name == "dit" else []
+        names += [(name, "random weights") for name in family.architectures]
+        names.append((f"folder or hub id, {family.name}", "diffusers format"))
+        rows += [
+            {
+                "name": name,
+                "family": family.name,
+                "kind": kind,
+                "class": family.model_class,
+                "verified": family.verified,
+            }
+            for name, kind in names
+        ]
+    return rows
 
 
-__all__ = ["ARCHITECTURES", "BUILT_IN", "REFERENCE", "Workload", "as_model", "list_models", "load_model"]
+def list_refused() -> list[dict[str, str]]:
+    """Model classes that are known not to allow plans: class and reason."""
+    return [{"class": name, "reason": reason} for name, reason in REFUSED.items()]
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "BUILT_IN",
+    "REFERENCE",
+    "Workload",
+    "as_model",
+    "list_models",
+    "list_refused",
+    "load_model",
+]

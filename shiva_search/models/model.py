@@ -115,8 +115,9 @@ class Model:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The diffusers configuration."""
-        return dict(self.module.config)  # type: ignore[arg-type]
+        """The diffusers configuration; empty where the module has none."""
+        found = getattr(self.module, "config", None)
+        return dict(found) if isinstance(found, Mapping) else {}
 
     @cached_property
     def tokens(self) -> int:
@@ -137,8 +138,7 @@ class Model:
         """
         found: list[Layer] = []
         for list_name in self.family.block_lists:
-            blocks = getattr(self.module, list_name, None)
-            for position, block in enumerate(blocks if blocks is not None else ()):
+            for position, block in enumerate(_blocks_in(self.module, list_name)):
                 adapter = self.family.adapter_of(block)
                 name = f"{list_name}.{position}"
                 arguments = argument_names(type(block).forward)[1:]
@@ -238,6 +238,14 @@ class Model:
             "parameters": parameter_count(self.module),
             **({} if weights is None else {"weights_hash": weights}),
         }
+
+
+def _blocks_in(module: nn.Module, list_name: str) -> tuple[nn.Module, ...]:
+    """Children of a module list; none where there is no such list."""
+    try:
+        return tuple(module.get_submodule(list_name).children())
+    except AttributeError:
+        return ()
 
 
 def output_tensor(output: Any) -> torch.Tensor:

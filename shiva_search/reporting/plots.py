@@ -416,12 +416,14 @@ def samples_figure(dense_BHW: np.ndarray, planned_BHW: np.ndarray, titles: Seque
     """Images of the dense model above those of the planned one, column by column from the same seed.
 
     Args:
-        dense_BHW, planned_BHW: pixels in [-1, 1].
+        dense_BHW, planned_BHW: pixels in [-1, 1], with three channels last where they have color.
         titles: what each column was asked to show.
     """
-    per_row = min(len(titles), 10)
+    color = dense_BHW.ndim == 4
+    per_row, side = (4, 2.4) if color else (10, 0.95)
+    per_row = min(len(titles), per_row)
     bands = -(-len(titles) // per_row)
-    with _figure(0.95 * per_row + 0.7, bands * 2.25) as figure:
+    with _figure(side * per_row + 0.7, bands * (2 * side + 0.35)) as figure:
         cells = figure.subplots(2 * bands, per_row, squeeze=False)
         for axes in cells.flat:
             axes.axis("off")
@@ -429,7 +431,9 @@ def samples_figure(dense_BHW: np.ndarray, planned_BHW: np.ndarray, titles: Seque
             band, column = divmod(index, per_row)
             for offset, (name, images) in enumerate((("dense", dense_BHW), ("planned", planned_BHW))):
                 axes = cells[2 * band + offset, column]
-                axes.imshow(images[index], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+                # A color image has no scale of its own to set: its pixels lie in [0, 1].
+                pixels = np.clip((images[index] + 1) / 2, 0, 1) if color else images[index]
+                axes.imshow(pixels, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
                 if column == 0:
                     axes.text(-0.12, 0.5, name, transform=axes.transAxes, ha="right", va="center")
                 if offset == 0:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from shiva_search.devices import list_devices, open_device
 from shiva_search.errors import ShivaError
-from shiva_search.models.catalog import list_models
+from shiva_search.models.catalog import list_models, list_refused
 from shiva_search.workflow.answer import Answer
 
 
@@ -32,7 +33,16 @@ def devices_command() -> Answer:
 
 
 def models_command() -> Answer:
-    """`shiva-search models`: what --model accepts."""
-    rows = list_models()
-    lines = [f"{row['name']:<34} {row['kind']:<22} {row.get('verified', '')}" for row in rows]
-    return Answer({"models": rows}, lambda: "\n".join(lines))
+    """`shiva-search models`: what --model accepts, by family, and what is known to hold for each."""
+    rows, refused = list_models(), list_refused()
+    lines = []
+    for family, members in groupby(rows, key=lambda row: row["family"]):
+        named = list(members)
+        lines.append(f"{family}: {named[0]['class']}")
+        lines += [f"  {row['name']:<32} {row['kind']}" for row in named]
+        lines.append(f"  verified: {named[0]['verified']}")
+    lines += [f"refused: {row['class']}: {row['reason']}" for row in refused]
+    lines.append(
+        "any other transformer in Python: shiva_search.wrap(module, example=...) looks whether it allows plans"
+    )
+    return Answer({"models": rows, "refused": refused}, lambda: "\n".join(lines))

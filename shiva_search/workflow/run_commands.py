@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from shiva_search.errors import InputError
@@ -69,13 +70,20 @@ def report_command(path: Path) -> Answer:
 
 
 def generate_command(
-    path: Path, *, count: int, steps: int, guidance_scale: float, seed: int, progress: Progress
+    path: Path,
+    *,
+    count: int,
+    steps: int,
+    guidance_scale: float | None,
+    seed: int,
+    progress: Progress,
+    prompts: Sequence[str] = (),
 ) -> Answer:
     """`shiva-search generate RUN`: images of dense and planned side by side, same seeds."""
     run = open_run(path)
     figures = draw_samples(
         run.folder, run.model, run.plan, run.scorer(), count=count, steps=steps, guidance_scale=guidance_scale,
-        seed=seed, progress=progress,
+        seed=seed, prompts=prompts, progress=progress,
     )  # fmt: skip
     if run.folder.summary.is_file():
         build_report(path)

@@ -12,7 +12,8 @@ import shiva_search as ss
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.models.catalog import ARCHITECTURES, list_models, load_model
 from shiva_search.models.families import FAMILIES
-from tests.models.conformance import FAMILY_CASES, FamilyCase
+from tests.models.conformance import FAMILY_CASES, READINGS, FamilyCase
+from tests.runtime.test_pipelines import PIPELINES
 
 #: Billions of parameters, image tokens, blocks, text tokens, batch.
 PUBLISHED = {
@@ -163,6 +164,16 @@ def test_the_list_names_all_of_them() -> None:
     assert {"fashion-dit", *ARCHITECTURES} <= {row["name"] for row in rows}
     assert {family.model_class for family in FAMILIES} == {row["class"] for row in rows}
     assert all(row["verified"] for row in rows)
+    assert {row["family"] for row in rows if row["name"] in ARCHITECTURES} == {family.name for family in FAMILIES}
+
+
+def test_what_is_called_verified_has_a_test() -> None:
+    tested = {case.model_class for case in FAMILY_CASES}
+    assert {family.model_class for family in FAMILIES} == tested
+    assert set(READINGS) == {name for family in FAMILIES for name in family.adapters}
+    pipelines = {case.name for case in PIPELINES}
+    said = {word for family in FAMILIES for word in family.verified.split() if word.endswith("Pipeline")}
+    assert said == pipelines
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES, ids=lambda case: case.name)

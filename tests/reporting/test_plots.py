@@ -223,6 +223,14 @@ class TestFiles:
             np.testing.assert_array_equal(by_place[row + 1, column].images[0].get_array(), -dense[index])
             assert by_place[row, column].get_title() == str(index)
 
+    def test_color_samples_are_shown_in_color_four_to_a_row(self) -> None:
+        dense = np.random.default_rng(0).uniform(-1.2, 1, (6, 5, 7, 3))
+        figure = plots.samples_figure(dense, -dense, [f"prompt {index}" for index in range(6)])
+        shown = [axes for axes in figure.axes if axes.images]
+        assert len(shown) == 12
+        assert {axes.get_subplotspec().colspan.start for axes in shown} == {0, 1, 2, 3}
+        np.testing.assert_allclose(shown[0].images[0].get_array(), np.clip((dense[0] + 1) / 2, 0, 1))
+
     def test_drawing_leaves_matplotlib_as_it_was(self, run: RunFiles, tmp_path: Path) -> None:
         before = json.dumps({key: str(value) for key, value in plots.matplotlib.rcParams.items()})
         plots.save(pareto(run), tmp_path / "x.png")

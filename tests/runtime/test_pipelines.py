@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ class PipelineCase:
         name: of the pipeline class.
         build: () -> the pipeline, with the same random weights each time.
         call: (pipe, guidance, images, number of the first image = 0) -> images [n, ...], the same each time.
+        workload: what it is called at.
     """
 
     name: str
     build: Callable[[], Any]
     call: Callable[..., torch.Tensor]
+    workload: Mapping[str, int] = field(default_factory=lambda: {"resolution": 64})
 
 
 def vae(channels: int) -> Any:
@@ -127,11 +129,159 @@ def call_dit(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Te
     return torch.from_numpy(found)
 
 
+def build_with(name: str, pipeline: Any, autoencoder: Callable[[], Any] = lambda: vae(4)) -> Callable[[], Any]:
+    """The pipelines of families with one text encoder, which is left out."""
+
+    def build() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            codec = autoencoder().eval()
+        return pipeline(
+            transformer=CASES[name].module(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=codec,
+            text_encoder=None, tokenizer=None,
+        )  # fmt: skip
+
+    return build
+
+
+def video_vae(kind: Any) -> Any:
+    """Of Wan and of Qwen-Image: latents eight times smaller, four times in time."""
+    return kind(
+        base_dim=4, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+
+
+def flux2_vae() -> Any:
+    return diffusers.AutoencoderKLFlux2(
+        latent_channels=1, block_out_channels=(2,) * 4, norm_num_groups=1, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
+def ltx_vae() -> Any:
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
+    )  # fmt: skip
+
+
+def call_masked(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    """AuraFlow and Lumina: captions of two lengths, told by masks."""
+    prompt = {"prompt_embeds": drawn(1, TEXT, 12), "prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}
+    if guidance:
+        prompt |= {
+            "negative_prompt_embeds": drawn(3, TEXT, 12),
+            "negative_prompt_attention_mask": torch.tensor([[1, 1, 0, 0, 0]]),
+        }
+    # Lumina's pipeline does not repeat the second mask for several images, so the caller does.
+    repeated = {name: value.repeat(images, *[1] * (value.ndim - 1)) for name, value in prompt.items()}
+    found: torch.Tensor = pipe(
+        **repeated, height=64, width=64, num_inference_steps=STEPS,
+        guidance_scale=4.0 if guidance else 1.0, generator=noise(images, first), output_type="pt",
+    ).images  # fmt: skip
+    return found
+
+
+def call_cogview4(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    prompt = {"prompt_embeds": drawn(1, TEXT, 12)}
+    if guidance:
+        prompt |= {"negative_prompt_embeds": drawn(3, TEXT, 12)}
+    found: torch.Tensor = pipe(
+        **prompt, height=64, width=64, num_inference_steps=STEPS, num_images_per_prompt=images,
+        guidance_scale=4.0 if guidance else 1.0, generator=noise(images, first), output_type="pt",
+    ).images  # fmt: skip
+    return found
+
+
+def call_z_image(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    """Captions come as lists; that of the other half of guidance fills one multiple of 32 more."""
+    prompt = {"prompt_embeds": [drawn(1, TEXT, 12)[0]]}
+    if guidance:
+        prompt |= {"negative_prompt_embeds": [drawn(3, 40, 12)[0]]}
+    found: torch.Tensor = pipe(
+        **prompt, height=64, width=64, num_inference_steps=STEPS, num_images_per_prompt=images,
+        guidance_scale=4.0 if guidance else 0.0, generator=noise(images, first), output_type="pt",
+    ).images  # fmt: skip
+    return found
+
+
+def call_flux2(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    """Guidance is an input of this model, not a second half."""
+    found: torch.Tensor = pipe(
+        prompt_embeds=drawn(1, TEXT, 12), height=64, width=64, num_inference_steps=STEPS, num_images_per_prompt=images,
+        guidance_scale=4.0 if guidance else 1.0, generator=noise(images, first), output_type="pt",
+    ).images  # fmt: skip
+    return found
+
+
+def call_qwen_image(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    prompt = {"prompt_embeds": drawn(1, TEXT, 12), "prompt_embeds_mask": torch.tensor([[1, 1, 1, 1, 0]])}
+    if guidance:
+        prompt |= {"negative_prompt_embeds": drawn(3, 4, 12), "negative_prompt_embeds_mask": torch.ones(1, 4).long()}
+    found: torch.Tensor = pipe(
+        **prompt, height=64, width=64, num_inference_steps=STEPS, num_images_per_prompt=images,
+        true_cfg_scale=4.0 if guidance else 1.0, generator=noise(images, first), output_type="pt",
+    ).images  # fmt: skip
+    return found
+
+
+def call_wan(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    prompt = {"prompt_embeds": drawn(1, TEXT, 12).repeat(images, 1, 1)}
+    if guidance:
+        prompt |= {"negative_prompt_embeds": drawn(3, TEXT, 12).repeat(images, 1, 1)}
+    found: torch.Tensor = pipe(
+        **prompt, height=64, width=64, num_frames=5, num_inference_steps=STEPS,
+        guidance_scale=4.0 if guidance else 1.0, generator=noise(images, first), output_type="pt",
+    ).frames  # fmt: skip
+    return found
+
+
+def call_ltx(pipe: Any, guidance: bool, images: int, first: int = 0) -> torch.Tensor:
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    prompt = {"prompt_embeds": drawn(1, TEXT, 12), "prompt_attention_mask": mask}
+    if guidance:
+        prompt |= {"negative_prompt_embeds": drawn(3, TEXT, 12), "negative_prompt_attention_mask": mask}
+    repeated = {name: value.repeat(images, *[1] * (value.ndim - 1)) for name, value in prompt.items()}
+    found: torch.Tensor = pipe(
+        **repeated, height=128, width=128, num_frames=9, num_inference_steps=STEPS,
+        guidance_scale=4.0 if guidance else 1.0, generator=noise(images, first), output_type="pt",
+    ).frames  # fmt: skip
+    return found
+
+
+#: These run the two halves of guidance one after the other.
+HALVES_APART = (
+    "FluxPipeline", "Lumina2Pipeline", "CogView4Pipeline", "Flux2Pipeline", "QwenImagePipeline", "WanPipeline",
+)  # fmt: skip
+
 PIPELINES = (
     PipelineCase("StableDiffusion3Pipeline", build_sd3, call_sd3),
     PipelineCase("FluxPipeline", build_flux, call_flux),
     PipelineCase("PixArtSigmaPipeline", build_pixart, call_pixart),
     PipelineCase("DiTPipeline", build_dit, call_dit),
+    PipelineCase("AuraFlowPipeline", build_with("auraflow", diffusers.AuraFlowPipeline), call_masked),
+    PipelineCase("Lumina2Pipeline", build_with("lumina2", diffusers.Lumina2Pipeline), call_masked),
+    PipelineCase("CogView4Pipeline", build_with("cogview4", diffusers.CogView4Pipeline), call_cogview4),
+    PipelineCase("ZImagePipeline", build_with("z-image", diffusers.ZImagePipeline), call_z_image),
+    PipelineCase("Flux2Pipeline", build_with("flux2", diffusers.Flux2Pipeline, flux2_vae), call_flux2),
+    PipelineCase(
+        "QwenImagePipeline",
+        build_with("qwen-image", diffusers.QwenImagePipeline, lambda: video_vae(diffusers.AutoencoderKLQwenImage)),
+        call_qwen_image,
+    ),
+    PipelineCase(
+        "WanPipeline",
+        build_with("wan", diffusers.WanPipeline, lambda: video_vae(diffusers.AutoencoderKLWan)),
+        call_wan,
+        {"resolution": 64, "frames": 5},
+    ),
+    PipelineCase(
+        "LTXPipeline",
+        build_with("ltx-video", diffusers.LTXPipeline, ltx_vae),
+        call_ltx,
+        {"resolution": 128, "frames": 9},
+    ),
 )
 
 
@@ -154,10 +304,13 @@ def reloaded(pipe: Any, folder: Path) -> Any:
     return type(pipe).from_pretrained(folder, **without)
 
 
-def hand_made(pipe: Any, keep: float) -> ss.Plan:
-    """A plan at 64 pixels, 16 image tokens."""
+def hand_made(pipe: Any, keep: float, workload: Mapping[str, int] | None = None) -> ss.Plan:
+    """A plan at 64 pixels, 16 image tokens, or at the given workload."""
     model = ss.wrap(pipe.transformer)
-    return ss.Plan.uniform(model.at(64), keep)
+    if workload is None or set(workload) == {"resolution"}:  # the plan's tokens say it
+        return ss.Plan.uniform(model.at(64), keep)
+    model.workload = model.workload.override(**workload)
+    return ss.Plan.uniform(model, keep, workload=model.workload.as_dict())
 
 
 @pytest.mark.parametrize("guidance", [True, False], ids=["guidance", "plain"])
@@ -166,9 +319,9 @@ def test_a_pipeline_runs_with_a_plan_and_is_itself_again(case: PipelineCase, gui
     pipe = case.build()
     dense = case.call(pipe, guidance, images)
     assert len(dense) == images and dense.isfinite().all()
-    with ss.apply_plan(pipe, hand_made(pipe, 1.0), "norm"):
+    with ss.apply_plan(pipe, hand_made(pipe, 1.0, case.workload), "norm"):
         assert torch.equal(case.call(pipe, guidance, images), dense)
-    handle = ss.apply_plan(pipe, hand_made(pipe, 0.5), "norm")
+    handle = ss.apply_plan(pipe, hand_made(pipe, 0.5, case.workload), "norm")
     kept_of: list[torch.Tensor] = []
     handle.controller.observer = lambda layer, x, out, kept: kept_of.append(kept) if layer else None
     planned = case.call(pipe, guidance, images)
@@ -176,15 +329,15 @@ def test_a_pipeline_runs_with_a_plan_and_is_itself_again(case: PipelineCase, gui
     assert planned.shape == dense.shape and planned.isfinite().all()
     assert not torch.equal(planned, dense)
     assert torch.equal(case.call(pipe, guidance, images), dense)
-    assert {kept.shape[1] for kept in kept_of} == {8}
-    if guidance and not case.name.startswith("Flux"):  # Flux runs its two halves one after the other
+    assert {kept.shape[1] for kept in kept_of} == {handle.plan.tokens // 2}
+    if guidance and case.name not in HALVES_APART:
         halves = [kept.chunk(2) for kept in kept_of]
         assert all(torch.equal(first, second) for first, second in halves)
 
 
 def test_images_do_not_depend_on_how_many_are_drawn_at_once(case: PipelineCase) -> None:
     pipe = case.build()
-    with ss.apply_plan(pipe, hand_made(pipe, 0.5), "norm"):
+    with ss.apply_plan(pipe, hand_made(pipe, 0.5, case.workload), "norm"):
         together = case.call(pipe, True, 2)
         apart = [case.call(pipe, True, 1, first) for first in (0, 1)]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-4, rtol=1e-4)
@@ -193,10 +346,10 @@ def test_images_do_not_depend_on_how_many_are_drawn_at_once(case: PipelineCase) 
 
 def test_a_saved_pipeline_takes_the_plan_of_its_folder(case: PipelineCase, tmp_path: Path) -> None:
     pipe = case.build()
-    with ss.apply_plan(pipe, hand_made(pipe, 0.5)):
+    with ss.apply_plan(pipe, hand_made(pipe, 0.5, case.workload)):
         expected = case.call(pipe, True, 1)
     pipe.save_pretrained(tmp_path / "pipe")
-    model = ss.load_model(str(tmp_path / "pipe"), resolution=64)
+    model = ss.load_model(str(tmp_path / "pipe"), **case.workload)
     plan = ss.Plan.uniform(model, 0.5, workload=model.workload.as_dict())
     plan.save(tmp_path / "run" / "plan.json")
     again = reloaded(pipe, tmp_path / "pipe")
@@ -207,7 +360,7 @@ def test_a_saved_pipeline_takes_the_plan_of_its_folder(case: PipelineCase, tmp_p
 def test_a_plan_saved_under_it_is_not_part_of_the_pipeline(case: PipelineCase, tmp_path: Path) -> None:
     pipe = case.build()
     dense = case.call(pipe, False, 1)
-    with ss.apply_plan(pipe, hand_made(pipe, 0.5)):
+    with ss.apply_plan(pipe, hand_made(pipe, 0.5, case.workload)):
         pipe.save_pretrained(tmp_path)
     torch.testing.assert_close(case.call(reloaded(pipe, tmp_path), False, 1), dense, atol=1e-5, rtol=0)
 

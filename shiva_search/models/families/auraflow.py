@@ -113,5 +113,5 @@ AURAFLOW = Family(
             "pos_embed_max_size": 9216,
         }
     },
-    verified="exact against a loop over samples and tokens",
+    verified="exact against a loop over samples and tokens; AuraFlowPipeline",
 )

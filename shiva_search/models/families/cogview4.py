@@ -93,5 +93,5 @@ COGVIEW4 = Family(
             "rope_axes_dim": (256, 256),
         }
     },
-    verified="exact against a loop over samples and tokens",
+    verified="exact against a loop over samples and tokens; CogView4Pipeline",
 )

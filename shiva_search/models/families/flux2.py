@@ -119,5 +119,5 @@ FLUX2 = Family(
             "guidance_embeds": True,
         }
     },
-    verified="exact against a loop over samples and tokens",
+    verified="exact against a loop over samples and tokens; Flux2Pipeline",
 )

@@ -118,5 +118,5 @@ LTX = Family(
             "caption_channels": 4096,
         }
     },
-    verified="exact against a loop over samples and tokens",
+    verified="exact against a loop over samples and tokens; LTXPipeline",
 )

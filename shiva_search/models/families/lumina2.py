@@ -101,5 +101,5 @@ LUMINA2 = Family(
             "cap_feat_dim": 2304,
         }
     },
-    verified="exact against a loop over samples and tokens, captions of different length included",
+    verified="exact against a loop over samples and tokens, captions of different length included; Lumina2Pipeline",
 )

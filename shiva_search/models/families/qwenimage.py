@@ -105,5 +105,5 @@ QWEN_IMAGE = Family(
             "axes_dims_rope": (16, 56, 56),
         }
     },
-    verified="exact against a loop over samples and tokens",
+    verified="exact against a loop over samples and tokens; QwenImagePipeline",
 )

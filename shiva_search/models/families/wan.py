@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2 (Wan team, arXiv 2503.20314): tokens of a video, rotary tables in three axes.
 
-Tokens are latent frames x height x width; plans are for videos with square frames.
+Tokens are latent frames x height x width; plans are for videos with square frames. Wan 2.2 14B has two transformers,
+for the noisy and for the late steps: each takes a plan of its own.
 """
 
 from __future__ import annotations
@@ -127,5 +128,5 @@ WAN = Family(
         "wan2.1-t2v-14b": _WAN_2_1,
         "wan2.1-t2v-1.3b": {**_WAN_2_1, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     },
-    verified="exact against a loop over samples and tokens",
+    verified="exact against a loop over samples and tokens; WanPipeline",
 )

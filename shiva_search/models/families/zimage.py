@@ -119,5 +119,5 @@ Z_IMAGE = Family(
             "axes_lens": [1024, 512, 512],
         }
     },
-    verified="exact against a loop over samples and tokens, captions of different length included",
+    verified="exact against a loop over samples and tokens, captions of different length included; ZImagePipeline",
 )
