@@ -1,8 +1,9 @@
-"""What all tests share: no hub, no screen, property tests without a stopwatch, and the skip of `cuda` tests."""
+"""What all tests share: no hub, no screen, property tests without a stopwatch, the skip of `cuda` tests, a database."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -25,3 +26,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Callable[[], str]]:
+    """Makes empty databases on a PostgreSQL that runs while the tests do; each call returns a URL."""
+    from tests.postgres import programs, running
+
+    pytest.importorskip("psycopg2", reason="needs the extra 'postgres'")
+    folder = programs()
+    if folder is None:
+        pytest.skip("needs PostgreSQL's initdb and postgres: apt-get install postgresql")
+    with running(folder) as server:
+        yield server.new_database

@@ -64,7 +64,7 @@ class CpuDevice:
         it, nor what threads of the run's own making allocate; and releasing a tensor from before the run does not count
         as room gained.
         """
-        with _quiet_profiler(), profile(profile_memory=True) as trace:
+        with garbage_kept(), _quiet_profiler(), profile(profile_memory=True) as trace:
             run()
         assert trace.kineto_results is not None  # set when the profiler stops
         memory = [event for event in trace.kineto_results.events() if event.name() == "[memory]"]

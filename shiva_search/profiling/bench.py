@@ -159,7 +159,7 @@ class Bench:
             workload = self.model.workload.as_dict()
             for row in self.rows:
                 plan = Plan.from_rows(self.model, [row], workload=workload)
-                cells.append(plan_cell(self.model, plan, self.scorer, _plan_name(row), self.seed))
+                cells.append(plan_cell(self.model, plan, self.scorer, plan_name(row), self.seed))
         self.sampler = Sampler(self.device, groups, cells, seed=self.seed, log=log, clock=self.clock)
 
     def open_count(self) -> int:
@@ -318,7 +318,16 @@ class Bench:
                 for layer in part.layers
             ]
         )
-        return lambda: next(turns)(**part.kwargs)
+        history = controller.history
+
+        def run() -> object:
+            output = next(turns)(**part.kwargs)
+            # Each run starts from the same state and leaves none: what a run frees, it has also allocated, which is
+            # all that an allocator's account of one run can follow.
+            controller.history = history
+            return output
+
+        return run
 
     def _rest_cell(self) -> Cell:
         """A forward in which every block is skipped."""
@@ -349,7 +358,7 @@ class Bench:
         level_ms = self.sampler.reference_ms(FORWARDS) if FORWARDS in self.sampler.groups else None
         found = []
         for row in self.rows:
-            known = estimates.get(_plan_name(row))
+            known = estimates.get(plan_name(row))
             if known is not None and level_ms is not None:
                 found.append(
                     Forward(
@@ -393,7 +402,8 @@ class Bench:
         return missing
 
 
-def _plan_name(row: Sequence[int]) -> str:
+def plan_name(row: Sequence[int]) -> str:
+    """The name of a plan's cell."""
     return "plan " + " ".join(str(entry).replace(" ", "") for entry in row_as_json(row))
 
 

@@ -71,7 +71,7 @@ def profile_model(
     """
     recorded: Profile | None = getattr(device, "profile", None)
     if recorded is not None:
-        _check_same(recorded, model, None, f"the recording {device.name}")
+        check_same(recorded, model, None, f"the recording {device.name}")
         return recorded
     check_place(model, device.torch_device)
     begun = clock()
@@ -130,7 +130,7 @@ def _found(place: Path | None, model: Model, device: Device) -> Profile | None:
     if place is None or not (place / "profile.json").exists():
         return None
     found = load_profile(place)
-    _check_same(found, model, device, f"the profile in {place}")
+    check_same(found, model, device, f"the profile in {place}")
     return found
 
 
@@ -163,7 +163,7 @@ def _header(bench: Bench, flops: ModelFlops, scorer: TokenScorer, seconds: float
     )
 
 
-def _check_same(found: Profile, model: Model, device: Device | None, what: str) -> None:
+def check_same(found: Profile, model: Model, device: Device | None, what: str) -> None:
     """Refuse to mix profiles of different things.
 
     Raises:
@@ -178,7 +178,7 @@ def _check_same(found: Profile, model: Model, device: Device | None, what: str) 
         pairs.append(("device", found.device, device.name))
     differing = [f"{name} {was!r}, not {now!r}" for name, was, now in pairs if was != now]
     if differing:
-        raise InputError(f"{what} is of {'; '.join(differing)}; choose another folder with --out, or profile anew")
+        raise InputError(f"{what} is of {'; '.join(differing)}; choose another folder, or profile anew")
 
 
 def _attention_backends() -> dict[str, bool]:

@@ -68,6 +68,11 @@ class RunFolder:
         return self.path / "selector.safetensors"
 
     @property
+    def warm_router(self) -> Path:
+        """The router that judged plans during the search; workers need the same one."""
+        return self.path / ".router.safetensors"
+
+    @property
     def pareto_png(self) -> Path:
         """Error over cost: trials, front and chosen plan."""
         return self.path / "pareto.png"
@@ -127,4 +132,6 @@ class Summary(TypedDict, total=False):
     alternatives: list[dict[str, Any]]  # rows of compare.csv
     reasons: dict[str, str]  # why a figure is missing, by "energy_j" or, for one part, "dense_energy_j"
     conditions: dict[str, Any]  # Device.conditions() around the measurement
-    provenance: dict[str, Any]  # seed, versions, time: whatever identifies the run
+    provenance: dict[
+        str, Any
+    ]  # seed, versions: whatever identifies the run; drift: Drift.as_dict() of a reused profile

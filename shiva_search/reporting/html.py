@@ -97,6 +97,7 @@ def render_page(run: RunFiles, pictures: Mapping[str, str]) -> str:
         costs=[*_cost_rows(run.summary, notes)],
         rounds=_round_rows(run.summary),
         held_out=_held_out_in_words(run.cost_model),
+        drift=_drift_in_words(run.summary),
         measurements=_measurement_rows(run.measurements, notes),
         trials_words=_trials_in_words(run.trials),
         front=_front_rows(run.pareto, run.plan, notes),
@@ -210,6 +211,22 @@ def _held_out_in_words(cost_model: Mapping[str, Any]) -> str:
         f"The cost model was not checked on plans the fit had not seen: {figures['reason']}."
         if "reason" in figures
         else ""
+    )
+
+
+def _drift_in_words(summary: Summary) -> str:
+    """What the quick check of a profile that was taken earlier found; empty where the profile was fresh."""
+    drift = (summary.get("provenance") or {}).get("drift")
+    if not drift:
+        return ""
+    level = f"{number(drift['scale'], 3)} times the recorded latency ({number(drift['scale_low'], 3)} to "
+    level += f"{number(drift['scale_high'], 3)})"
+    change = drift.get("largest_change")
+    most = (
+        "" if change is None else f"; the ratio that changed most, {drift['largest_change_of']}, by {percent(change)}"
+    )
+    return (
+        f"The profile was taken earlier. Checked before the search, the device ran at {level}{most}: {drift['done']}."
     )
 
 

@@ -161,7 +161,7 @@ class AppliedPlan:
             InputError: something took a block's stand-in away.
         """
         controller = self.controller
-        controller.history = None
+        controller.history = controller.t_B = controller.halves = None
         if torch.compiler.is_compiling():
             return
         for layer, block in zip(self.model.layers, self._blocks, strict=True):

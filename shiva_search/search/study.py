@@ -22,6 +22,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.search.candidates import Floats, Ints, Space
@@ -79,12 +80,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage | None:
             return JournalStorage(JournalRedisBackend(storage))
         if scheme:
             with _quiet():
-                return RDBStorage(
-                    storage,
-                    heartbeat_interval=HEARTBEAT_S,
-                    grace_period=GRACE_S,
-                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES),
-                )
+                return _database(_with_driver(storage))
         path = storage.removeprefix("journal:")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         return JournalStorage(JournalFileBackend(path))
@@ -95,6 +91,29 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage | None:
     except Exception as error:  # every database driver has its own family of errors
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnavailableError(f"cannot open storage {storage!r}: {first}; check that the database is up") from error
+
+
+def _database(url: str) -> RDBStorage:
+    """A database with heartbeats. Of several processes that open an empty one at once, one gets to make the tables."""
+    for wait_s in (0.2, 1.0, 0.0):
+        try:
+            return RDBStorage(
+                url,
+                heartbeat_interval=HEARTBEAT_S,
+                grace_period=GRACE_S,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES),
+            )
+        except (IntegrityError, ProgrammingError):  # made by another between our look and our attempt
+            if not wait_s:
+                raise
+            time.sleep(wait_s)
+    raise AssertionError
+
+
+def _with_driver(url: str) -> str:
+    """Name PostgreSQL's driver, the one our extra installs: which one SQLAlchemy takes depends on its release."""
+    scheme, separator, rest = url.partition("://")
+    return f"postgresql+psycopg2{separator}{rest}" if scheme in ("postgresql", "postgres") else url
 
 
 def make_sampler(name: str, space: Space, effects: Effects, seed: int) -> optuna.samplers.BaseSampler:
@@ -155,6 +174,7 @@ class PlanStudy:
         self._surrogate = Surrogate(space, effects)  # first order only: moves other samplers' proposals onto the budget
         self._best = np.inf
         self._read: dict[int, Record] = {}
+        self._was_taken = False
 
     # ---- what is known -----------------------------------------------------------------------------------------------
 
@@ -235,7 +255,13 @@ class PlanStudy:
                 study.stop()
 
         with _quiet():
-            self.study.optimize(self._objective, callbacks=[stop], n_trials=None)
+            while True:
+                try:
+                    return self.study.optimize(self._attempt, callbacks=[stop], n_trials=None)
+                except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                    if not self._was_taken:
+                        raise
+                    self.say("a plan was given to another worker while this process stood still; going on with others")
 
     def enqueue(self, plan_P: Ints, origin: str) -> None:
         """Have a plan judged next, unless the study has it already."""
@@ -246,6 +272,17 @@ class PlanStudy:
             if trial.state != TrialState.FAIL and names <= fixed.keys() and all(fixed[n] == params[n] for n in names):
                 return
         self.study.enqueue_trial(params, user_attrs={"origin": origin})
+
+    def _attempt(self, trial: optuna.Trial) -> tuple[float, ...] | float:
+        """The objective; notes where the trial was finished by another, which took this process for dead."""
+        self._was_taken = False
+        try:
+            values = self._objective(trial)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            self._was_taken = True
+            raise
+        self._was_taken = self.study._storage.get_trial(trial._trial_id).state.is_finished()
+        return values
 
     def _objective(self, trial: optuna.Trial) -> tuple[float, ...] | float:
         started = time.monotonic()

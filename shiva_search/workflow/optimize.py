@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shiva_search import __version__
-from shiva_search.cost.cost_model import fit_cost_model
+from shiva_search.cost.cost_model import load_cost_model
 from shiva_search.errors import BudgetBrokenError, InfeasibleBudgetError, InputError
 from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.budget import Budget
-from shiva_search.records.files import check_folder_writable, write_json
+from shiva_search.records.files import check_folder_writable, read_json, write_json
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
-from shiva_search.records.profile import load_profile
 from shiva_search.records.run import RunFolder
 from shiva_search.reporting import tables
 from shiva_search.search import SearchResult, check_budget, holds, search
@@ -31,7 +30,7 @@ from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.images import draw_samples
 from shiva_search.workflow.opening import open_both, profile_folder
 from shiva_search.workflow.outcome import EVALUATION_SAMPLES, answer_of, write_outcome
-from shiva_search.workflow.profiles import take_profile
+from shiva_search.workflow.profiles import Costs, take_profile, use_profile
 from shiva_search.workflow.selectors import check_bypass, ready_selector, untrained_selector
 from shiva_search.workflow.settings import Settings
 
@@ -64,25 +63,27 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     with clock("profile"):
         check_bypass(settings.bypass, settings.bypass_rank)
         folder = _folder_of(settings, device, model)
-        if settings.profile:
-            cost = fit_cost_model(load_profile(folder))
+        ranking = untrained_selector(model, settings.bypass, settings.bypass_rank)
+        if resume and _is_under_way(run, settings):
+            # Checked when the run began; other costs would make it another problem and its trials void.
+            progress(f"going on with the run in {run.path} and its cost model")
+            costs = Costs(load_cost_model(run.path), read_json(run.settings, "run").get("drift"))
+        elif settings.profile:
+            costs = use_profile(model, device, folder, scorer=ranking, progress=progress)
         else:
-            _, cost = take_profile(
-                model,
-                device,
-                folder,
-                settings.profile_seconds,
-                settings.seed,
-                resume,
-                progress,
-                untrained_selector(model, settings.bypass, settings.bypass_rank),
-            )
+            costs = take_profile(
+                model, device, folder, seconds=settings.profile_seconds, seed=settings.seed, resume=resume,
+                scorer=ranking, progress=progress,
+            )  # fmt: skip
+        cost = costs.model
     check_budget(model, cost, budget, min_keep=settings.min_keep, segments=settings.segments)
-    write_json(run.path / "run.json", {"schema_version": 1, "settings": asdict(settings), "version": __version__})
     cost.save(run.path)
+    started = {"schema_version": 1, "settings": asdict(settings), "version": __version__, "drift": costs.drift}
+    write_json(run.settings, {**started, "finished": False})
 
     with clock("warm_up"):
         router, curve = ready_selector(model, settings, folder, progress)
+        router.save(run.warm_router)
 
     def measure(plan: Plan, seconds: float = LOOP_SECONDS) -> Measurement:
         return measure_plans(model, [plan], device, scorer_for=lambda _: router, seconds=seconds, seed=settings.seed)[0]
@@ -105,6 +106,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
                 "seed": settings.seed,
                 "version": __version__,
                 "study": found.study_name,
+                "drift": costs.drift,
             },
         )
 
@@ -152,6 +154,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     if settings.model == "fashion-dit":
         with clock("generate"):
             draw_samples(run, model, plan, router, count=10, steps=20, guidance_scale=2.5, seed=0, progress=progress)
+    write_json(run.settings, {**started, "finished": True})
     return answer_of(run)
 
 
@@ -159,6 +162,19 @@ def _folder_of(settings: Settings, device: Device, model: Model) -> Path:
     if settings.profile:
         return Path(settings.profile)
     return profile_folder(device, model, settings.bypass, settings.bypass_rank)
+
+
+def _is_under_way(run: RunFolder, settings: Settings) -> bool:
+    """Whether the folder holds an interrupted run of the same problem, with the cost model it searched on."""
+    if not (run.settings.is_file() and run.cost_model.is_file()):
+        return False
+    stored = read_json(run.settings, "run")
+    try:
+        before = Settings(**stored["settings"])
+    except (KeyError, TypeError):
+        return False
+    same = replace(before, trials=settings.trials, sampler=settings.sampler, train_steps=settings.train_steps)
+    return stored.get("finished") is False and same.digest() == settings.digest()
 
 
 def _run_name(settings: Settings) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shiva_search.cost.cost_model import CostModel, fit_cost_model
+from shiva_search.errors import InputError
 from shiva_search.models.model import Model
-from shiva_search.profiling.block_profiler import profile_model
+from shiva_search.profiling.block_profiler import check_same, profile_model
+from shiva_search.profiling.drift import Drift, check_drift
 from shiva_search.records.files import check_folder_writable
-from shiva_search.records.profile import Profile
+from shiva_search.records.profile import Profile, load_profile
 from shiva_search.runtime.selector import Selector
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.opening import open_both, profile_folder
@@ -17,6 +23,9 @@ from shiva_search.workflow.selectors import check_bypass, untrained_selector
 
 if TYPE_CHECKING:
     from shiva_search.devices.base import Device
+
+#: Seconds of the quick check of a profile that was taken earlier, at most.
+CHECK_SECONDS = 6.0
 
 
 def profile_command(
@@ -37,47 +46,144 @@ def profile_command(
     check_bypass(bypass, bypass_rank)
     folder = out or profile_folder(device, model, bypass, bypass_rank)
     check_folder_writable(folder)
-    scorer = untrained_selector(model, bypass, bypass_rank)
-    profile, cost = take_profile(model, device, folder, seconds, seed, resume, progress, scorer)
+    costs = take_profile(
+        model, device, folder, seconds=seconds, seed=seed, resume=resume,
+        scorer=untrained_selector(model, bypass, bypass_rank), progress=progress,
+    )  # fmt: skip
+    cost = costs.model
     summary = {
         "folder": str(folder),
         "model": model.fingerprint(),
         "device": device.describe(),
         "dense": cost.dense.as_dict(),
         "held_out": cost.held_out,
+        "drift": costs.drift,
     }
     lines = [
         f"profile of {model.name} on {device.name} in {folder}",
         f"dense step: {cost.dense.latency_ms:.1f} ms",
-        "held-out error of the cost model: " + ", ".join(f"{k} {v:.4g}" for k, v in _numbers(cost.held_out).items()),
+        _held_out_in_words(cost.held_out),
     ]
     return Answer(summary, lambda: "\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs here and now.
+
+    Attributes:
+        model: the cost model, at the level the device runs at now.
+        drift: what a quick check of a profile that was taken earlier found (Drift.as_dict); None for a fresh one.
+    """
+
+    model: CostModel
+    drift: dict[str, Any] | None = None
 
 
 def take_profile(
     model: Model,
     device: Device,
     folder: Path,
+    *,
     seconds: float,
     seed: int,
     resume: bool,
     progress: Progress,
     scorer: Selector,
-) -> tuple[Profile, CostModel]:
-    """Measure, or take what the folder holds, and fit the cost model; both are kept in the folder.
+    clock: Callable[[], float] = time.perf_counter,
+) -> Costs:
+    """Measure, or take what the folder holds after a quick check, and fit the cost model; all is kept in the folder.
+
+    A profile whose level alone moved is rescaled in memory: the files keep what was measured, with the check's figures
+    beside it. One whose ratios changed is measured anew.
 
     Args:
         scorer: what selects in pruned blocks, and brings what rejected tokens do; its weights do not matter.
     """
-    if not resume:
-        for name in ("profile.json", "profile.csv", "samples.csv", "cost_model.json"):
-            (folder / name).unlink(missing_ok=True)
-    profile = profile_model(model, device, seconds=seconds, seed=seed, folder=folder, scorer=scorer, progress=progress)
+
+    def measured(again: bool) -> Profile:
+        return profile_model(
+            model, device, seconds=seconds, seed=seed, folder=folder, resume=not again, scorer=scorer,
+            progress=progress, clock=clock,
+        )  # fmt: skip
+
+    known = resume and _is_complete(folder) and not _is_recording(device)
+    profile = measured(again=not resume)
+    figures, level = None, profile
+    if known:
+        drift = _checked(model, device, profile, scorer, min(CHECK_SECONDS, max(1.0, seconds / 10)), progress, clock)
+        level = drift.profile
+        if drift.verdict == "profile again":
+            progress("its ratios are no longer this device's: profiling again")
+            profile = level = measured(again=True)
+        figures = _figures(drift, otherwise="it was taken again")
+        profile = replace(profile, provenance={**profile.provenance, "last_check": figures})
     profile.save(folder)
     cost = fit_cost_model(profile)
     cost.save(folder)
-    return profile, cost
+    return Costs(cost if level.rows == profile.rows else fit_cost_model(level), figures)
 
 
-def _numbers(values: Any) -> dict[str, float]:
-    return {name: value for name, value in dict(values).items() if isinstance(value, (int, float))}
+def use_profile(
+    model: Model,
+    device: Device,
+    folder: Path,
+    *,
+    progress: Progress,
+    scorer: Selector,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Costs:
+    """Read a profile the user points at, with a quick check where it was taken on this device; its folder stays as is.
+
+    Raises:
+        InputError: no profile, an interrupted one, or one of another model, workload or device.
+    """
+    profile = load_profile(folder)
+    if not profile.complete:
+        raise InputError(
+            f"the profile in {folder} was interrupted; finish it with `shiva-search profile --out {folder}`"
+        )
+    check_same(profile, model, None if _is_recording(device) else device, f"the profile in {folder}")
+    if _is_recording(device):
+        return Costs(fit_cost_model(profile))
+    drift = _checked(model, device, profile, scorer, CHECK_SECONDS, progress, clock)
+    if drift.verdict == "profile again":
+        progress(
+            f"warning: the ratios in {folder} are no longer this device's, so predictions will miss; take a new "
+            f"profile with `shiva-search profile --no-resume --out {folder}`, or leave out --profile"
+        )
+    return Costs(fit_cost_model(drift.profile), _figures(drift, otherwise="predictions may miss"))
+
+
+def _checked(
+    model: Model,
+    device: Device,
+    profile: Profile,
+    scorer: Selector,
+    seconds: float,
+    progress: Progress,
+    clock: Callable[[], float],
+) -> Drift:
+    progress("checking a few cells of the profile again")
+    drift = check_drift(model, profile, device, scorer=scorer, seconds=seconds, clock=clock)
+    progress(drift.describe())
+    return drift
+
+
+def _figures(drift: Drift, otherwise: str) -> dict[str, Any]:
+    """The check's figures, when it was, and what was done about it; `otherwise`: where the profile no longer holds."""
+    done = {"same": "it holds", "rescale": "its latencies were rescaled"}.get(drift.verdict, otherwise)
+    return {**drift.as_dict(), "done": done, "checked": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "profile.json").is_file() and load_profile(folder).complete
+
+
+def _is_recording(device: Device) -> bool:
+    return getattr(device, "profile", None) is not None
+
+
+def _held_out_in_words(held_out: Mapping[str, Any]) -> str:
+    figures = [f"{name} {value:.4g}" for name, value in held_out.items() if isinstance(value, (int, float))]
+    return "held-out error of the cost model: " + (", ".join(figures) or f"unknown, {held_out.get('reason', '')}")

@@ -51,14 +51,24 @@ def open_run(path: Path, device_name: str | None = None) -> OpenRun:
         InputError: no run there, or its plan is of another model.
     """
     folder = RunFolder(path)
-    if not path.is_dir():
-        raise InputError(f"a run is a folder, {path} is none; make one with `shiva-search optimize --out {path}`")
-    stored = read_json(path / "run.json", "run")
-    try:
-        settings = Settings(**stored["settings"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path / 'run.json'} does not describe a run ({error}); run `optimize` again") from None
+    settings = settings_of(folder)
     plan = Plan.from_file(folder.plan)
     device, model = open_both(settings.model, device_name or settings.device, settings.workload, settings.seed)
     plan.check_model(model.fingerprint())
     return OpenRun(folder, settings, model, device, plan)
+
+
+def settings_of(folder: RunFolder) -> Settings:
+    """How a run was made.
+
+    Raises:
+        InputError: no run there.
+    """
+    path = folder.path
+    if not path.is_dir():
+        raise InputError(f"a run is a folder, {path} is none; make one with `shiva-search optimize --out {path}`")
+    stored = read_json(folder.settings, "run")
+    try:
+        return Settings(**stored["settings"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder.settings} does not describe a run ({error}); run `optimize` again") from None

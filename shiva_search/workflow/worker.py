@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shiva_search.records.files import read_json
+from shiva_search.records.run import RunFolder
 from shiva_search.search import join_study
+from shiva_search.selection.loading import load_selector
 from shiva_search.workflow.answer import Answer, Progress
-from shiva_search.workflow.opening import open_both, profile_folder
-from shiva_search.workflow.selectors import ready_selector
-from shiva_search.workflow.settings import Settings
+from shiva_search.workflow.opening import open_both
+from shiva_search.workflow.runs import settings_of
 
 
 def worker_command(path: Path, *, storage: str, study: str, trials: int | None, progress: Progress) -> Answer:
-    """`shiva-search worker RUN`: judge plans of a search that another process started."""
-    stored = read_json(path / "run.json", "run")
-    settings = Settings(**stored["settings"])
+    """`shiva-search worker RUN`: judge plans of a search that another process started.
+
+    Raises:
+        InputError: no such run, or another model than the study's.
+        UnavailableError: no such study or storage.
+    """
+    run = RunFolder(path)
+    settings = settings_of(run)
     device, model = open_both(settings.model, settings.device, settings.workload, settings.seed)
-    folder = (
-        Path(settings.profile)
-        if settings.profile
-        else profile_folder(device, model, settings.bypass, settings.bypass_rank)
-    )
-    router, _ = ready_selector(model, settings, folder, progress)
-    done = join_study(storage, study, model, scorer=router, trials=trials, progress=progress)
+    # The search's own, from its folder: one made ready here would rank tokens in another way.
+    selector = load_selector(run.warm_router).to(device.torch_device)
+    done = join_study(storage, study, model, scorer=selector, trials=trials, progress=progress)
     return Answer({"study": study, "trials": done}, lambda: f"{done} plans judged for study {study}")

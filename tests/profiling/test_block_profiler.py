@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +21,11 @@ from shiva_search.profiling.block_profiler import profile_model
 from shiva_search.profiling.drift import check_drift
 from shiva_search.profiling.end_to_end import dense_cell, measure_plans, plan_cell, random_rows
 from shiva_search.records.plan import Plan
-from shiva_search.records.profile import Profile, load_profile
+from shiva_search.records.profile import Profile, Sample, load_profile
 from shiva_search.runtime.apply import remove_plan
 from shiva_search.runtime.scorers import Norm
+from tests.processes import start, wait_until
+from tests.profiling.killed import SECONDS, run
 
 
 def drifting(now_s: float) -> float:
@@ -184,36 +183,49 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(tiny_model: Model, tmp_
     assert [item.tokens_kept for item in whole.forwards] == [tuple(row) for row in cut.provenance["plans"]]
 
 
-KILLED = """
-import sys
-sys.path[:0] = [{root!r}, {here!r}]
-from shiva_search.devices import open_device
-from shiva_search.profiling.block_profiler import profile_model
-from virtual_device import small_dit
-import torch
-torch.set_num_threads(1)
-profile_model(small_dit(layers=2, side=8), open_device("cpu"), seconds=1000, counts=[32], plans=2, folder={folder!r})
-"""
+def test_finished_cells_are_not_measured_again(tiny_model: Model, tmp_path: Path) -> None:
+    class Stops(VirtualDevice):
+        def time_ms(self, run, repeats=1):  # type: ignore[no-untyped-def]
+            if self.now_s > 6.5:  # the blocks are done by then, plans are not
+                raise KeyboardInterrupt
+            return super().time_ms(run, repeats)
 
-
-def test_kill_leaves_a_profile_that_loads(tmp_path: Path) -> None:
-    here = Path(__file__).resolve().parent
-    program = KILLED.format(root=str(here.parents[1]), here=str(here), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", program])
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (tmp_path / "profile.json").exists() and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(1.3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    stops = Stops(speed=lambda now_s: 20.0, noise=0.001)
+    options = {"seconds": 60.0, "plans": 4, "counts": [64, 128, 192], "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        profile_model(tiny_model, stops, clock=stops.clock, **options)  # type: ignore[arg-type]
     cut = load_profile(tmp_path)
-    assert not cut.complete
-    torch.set_num_threads(1)
-    model, device = small_dit(layers=2, side=8), open_device("cpu")
-    whole = profile_model(model, device, seconds=1.0, counts=[32], plans=2, folder=tmp_path)
+    before = Counter(sample.cell for sample in cut.samples)
+    done = {cell for cell, count in before.items() if count >= 8}  # on so steady a machine the least number will do
+    assert done
+    second = VirtualDevice(1, speed=lambda now_s: 20.0, noise=0.001)
+    whole = profile_model(tiny_model, second, clock=second.clock, **options)  # type: ignore[arg-type]
+    after = Counter(sample.cell for sample in whole.samples)
+    assert {cell: after[cell] for cell in done} == {cell: before[cell] for cell in done}
+    assert set(after) - done and all(after[cell] >= 8 for cell in after)
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_leaves_a_profile_that_loads(tmp_path: Path) -> None:
+    """Killed at ten moments from the first file to the last, each time going on with what was there."""
+    known: tuple[Sample, ...] = ()
+    process = start(run, str(tmp_path))
+    wait_until((tmp_path / "profile.json").exists, process)
+    for moment in range(10):
+        time.sleep(0.05 + 0.11 * moment)
+        process.kill()
+        process.join()
+        cut = load_profile(tmp_path)
+        assert cut.samples[: len(known)] == known
+        known = cut.samples
+        process = start(run, str(tmp_path))
+    process.join(60)
+    assert process.exitcode == 0
+    whole = load_profile(tmp_path)
     assert whole.complete
-    assert len(whole.samples) >= len(cut.samples)
-    assert load_profile(tmp_path) == whole
+    assert whole.samples[: len(known)] == known
+    assert whole.provenance["seconds"] < SECONDS + 3  # time before a kill counts
+    assert run(str(tmp_path)) == whole
 
 
 def test_a_model_of_shapes_is_profiled_one_block_at_a_time() -> None:
