@@ -60,20 +60,21 @@ class AffineBypass(nn.Module):
         """
         row = row if self.segments > 1 else 0
         width, dtype = x_BND.shape[-1], x_BND.dtype
+        wide = torch.promote_types(dtype, torch.float32)
         normed_QD = self.over_normed[row]
         normed_QD = normed_QD - normed_QD.mean(1, keepdim=True)
         ones_1D = normed_QD.new_full((1, width), 1.0 / width)
         weights = torch.cat([normed_QD, self.over_tokens[row], ones_1D]).to(dtype)
-        read_BNQ = F.linear(x_BND, weights).float()
+        read_BNQ = F.linear(x_BND, weights).to(wide)
         rows = len(normed_QD)
         mean_BN1 = read_BNQ[..., -1:]
-        square_BN1 = torch.linalg.vector_norm(x_BND, dim=-1, keepdim=True, dtype=torch.float32).square() / width
+        square_BN1 = torch.linalg.vector_norm(x_BND, dim=-1, keepdim=True, dtype=wide).square() / width
         scale_BN1 = torch.rsqrt((square_BN1 - mean_BN1.square()).clamp_min(0.0) + _EPS)
         hidden_BNQ = torch.addcmul(read_BNQ[..., rows : 2 * rows], read_BNQ[..., :rows], scale_BN1)
         if not self.rank:
             return hidden_BNQ
-        normed_BC = F.layer_norm(condition_BC.float(), condition_BC.shape[-1:])
-        shift_BR = F.linear(normed_BC, self.over_condition[row], self.hidden[row])
+        normed_BC = F.layer_norm(condition_BC.to(wide), condition_BC.shape[-1:])
+        shift_BR = F.linear(normed_BC, self.over_condition[row].to(wide), self.hidden[row].to(wide))
         return hidden_BNQ + F.pad(shift_BR, (0, len(self.ranks)))[:, None]
 
     def scores(self, hidden_BNQ: torch.Tensor, rank: int) -> torch.Tensor:

@@ -6,13 +6,13 @@ Everything is drawn from (seed, step) alone: a step taken up again after an inte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from shiva_search.models.model import Batch, Model
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 
 #: Shares of tokens that are drawn: multiples of 1/20. A new shape costs a library time and memory to prepare for, and a
 #: router that ranks well at these ranks well in between.
@@ -46,12 +46,20 @@ def draw_batch(model: Model, count: int, seed: int, step: int) -> Batch:
 
 
 def draw_row(
-    layers: int, tokens: int, keep: float, keep_range: tuple[float, float], generator: torch.Generator
+    layers: int,
+    tokens: int,
+    keep: float,
+    keep_range: tuple[float, float],
+    generator: torch.Generator,
+    variants: Sequence[Sequence[tuple[str, int]]] = (),
 ) -> tuple[int, ...]:
     """A row of tokens kept around a share, as plans look: the first layer dense, then one of two kinds.
 
     A third of the rows keep the same share in all layers. In the others layers differ (0.2 standard deviation, inside
     keep_range), and a tenth each are skipped and dense: a router has to rank well behind any such layer.
+
+    Args:
+        variants: by layer, what pruned ones may do besides, as (attend, bypass rank), each as likely.
     """
     uniform = torch.rand((), generator=generator).item() < 1 / 3
     keeps_L = keep + (0.0 if uniform else 0.2) * torch.randn(layers, generator=generator)
@@ -63,11 +71,20 @@ def draw_row(
         kept[fate_L < 0.1] = 0
         kept[fate_L > 0.9] = tokens
     row: list[int] = kept.tolist()
+    for layer, options in enumerate(variants):
+        attend, rank = options[int(torch.randint(len(options), (), generator=generator))]
+        if row[layer] < tokens:
+            row[layer] = Kept(row[layer], rank, attend)
     return (tokens, *row[1:])
 
 
 def stratified_groups(
-    model: Model, batch: Batch, groups: int, keep_range: tuple[float, float], generator: torch.Generator
+    model: Model,
+    batch: Batch,
+    groups: int,
+    keep_range: tuple[float, float],
+    generator: torch.Generator,
+    variants: Sequence[Sequence[tuple[str, int]]] = (),
 ) -> Iterator[Group]:
     """Split a batch into groups, each with a share of tokens from its own part of keep_range."""
     low, high = keep_range
@@ -75,7 +92,7 @@ def stratified_groups(
     bounds = [len(batch) * index // groups for index in range(groups + 1)]
     for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         keep = low + width * (index + torch.rand((), generator=generator).item())
-        row = draw_row(model.layer_count, model.tokens, keep, keep_range, generator)
+        row = draw_row(model.layer_count, model.tokens, keep, keep_range, generator, variants)
         if stop > start:
             yield Group(batch.slice(start, stop), row, (stop - start) / len(batch))
 

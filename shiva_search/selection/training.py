@@ -21,6 +21,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.bypass import BypassBank
 from shiva_search.runtime.selector import Selector
 from shiva_search.selection.batches import Group, draw_batch, planned_groups, step_seed, stratified_groups
 from shiva_search.selection.distilling import Distiller, frozen
@@ -32,36 +33,45 @@ AnySelector = TypeVar("AnySelector", bound=Selector)
 
 
 def warm_up(
+    model: Model, *, router: Router | None = None, seed: int = 0, **options: Any
+) -> tuple[Router, list[Row]]:
+    """Stage 1 for a router, a new one unless given; see warm_up_from."""
+    return warm_up_from(model, router or Router.for_model(model, seed), seed=seed, **options)
+
+
+def warm_up_from(
     model: Model,
+    selector: AnySelector,
     *,
     steps: int = 200,
     seed: int = 0,
     batch_size: int = 24,
     groups: int = 4,
     keep_range: tuple[float, float] = (0.15, 0.95),
-    router: Router | None = None,
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 30.0,
     progress: Progress | None = None,
     **recipe: Any,
-) -> tuple[Router, list[Row]]:
-    """Stage 1: train a router for every ratio by stratified ratio sampling, the backbone frozen.
+) -> tuple[AnySelector, list[Row]]:
+    """Stage 1: train a selector for every ratio by stratified ratio sampling, the backbone frozen.
+
+    A router learns to rank; bypasses that were fit in closed form go on learning, for all ranks and both attentions.
 
     Args:
         model: the model; its "train" split is drawn from.
+        selector: trained in place.
         steps: optimiser steps.
         seed: same seed, same router.
         batch_size: samples per step, at least `groups`.
         groups: each has its own part of keep_range and its own forward.
         keep_range: shares of tokens kept, in (0, 1].
-        router: start from this one (it is trained in place); None makes a new one.
         checkpoint: file to resume from and to save to; see fit().
         checkpoint_every_s: seconds between saves.
         progress: takes short lines.
         **recipe: fields of Recipe.
 
     Returns:
-        The router, and a row per step: stage, step, loss, distillation, diffusion, error (of the pruned output
+        The selector, and a row per step: stage, step, loss, distillation, diffusion, error (of the pruned output
         against the dense one, noise on scores included), keep, seconds.
 
     Raises:
@@ -71,21 +81,21 @@ def warm_up(
         raise InputError(f"keep_range is two ascending shares of tokens in (0, 1], got {keep_range}")
     if not 1 <= groups <= batch_size:
         raise InputError(f"a batch of {batch_size} cannot be split into {groups} groups; raise batch_size")
-    chosen = Recipe(**recipe)
-    router = router or Router.for_model(model, seed)
+    chosen = Recipe(**{**_warm_recipe(selector), **recipe})
+    variants = drawn_variants(model, selector)
     settings = {"keep_range": list(keep_range), "groups": groups}
 
     def groups_of(step: int) -> Iterable[Group]:
         generator = torch.Generator().manual_seed(step_seed(seed, step))
         batch = draw_batch(model, batch_size, seed, step)
-        return stratified_groups(model, batch, groups, keep_range, generator)
+        return stratified_groups(model, batch, groups, keep_range, generator, variants)
 
     rows = _train(
-        "warm-up", model, Plan.dense(model), router, groups_of, chosen, settings, steps=steps,
+        "warm-up", model, Plan.dense(model), selector, groups_of, chosen, settings, steps=steps,
         seed=seed, batch_size=batch_size, checkpoint=checkpoint, checkpoint_every_s=checkpoint_every_s,
         progress=progress,
     )  # fmt: skip
-    return router, rows
+    return selector, rows
 
 
 def tune(
@@ -114,8 +124,8 @@ def tune(
     """
     if batch_size < 1 or group_size < 1:
         raise InputError(f"batch_size and group_size are at least 1, got {batch_size} and {group_size}")
-    # The router knows its trade: colder from the start, gentler steps.
-    chosen = Recipe(**{"lr": 5e-4, "tau_rank": (0.05, 0.05), "tau_sel": (0.05, 0.05), "sigma": 0.05, **recipe})
+    # The selector knows its trade: colder from the start, gentler steps.
+    chosen = Recipe(**{"lr": 1e-3 if isinstance(router, BypassBank) else 5e-4, "tau_rank": (0.05, 0.05), "tau_sel": (0.05, 0.05), "sigma": 0.05, **recipe})
 
     def groups_of(step: int) -> Iterable[Group]:
         return planned_groups(plan, draw_batch(model, batch_size, seed, step), group_size)
@@ -164,6 +174,19 @@ def train_selector(
     second = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.stem}-tune{checkpoint.suffix}")
     router, _ = tune(model, router, plan, steps=steps, checkpoint=second, **common)
     return router
+
+
+def drawn_variants(model: Model, selector: Selector) -> list[list[tuple[str, int]]]:
+    """What pruned layers do besides keeping tokens while a selector warms up; nothing, for a router."""
+    if not isinstance(selector, BypassBank):
+        return []
+    modes = [["kept", "all"] if layer.attends_all else ["kept"] for layer in model.layers]
+    return [[(mode, rank) for mode in found for rank in selector.ranks] for found in modes]
+
+
+def _warm_recipe(selector: Selector) -> dict[str, Any]:
+    """Bypasses start from a solution, so their steps are gentler and their ranking is colder from the start."""
+    return {"lr": 1e-3, "tau_rank": (0.1, 0.05), "tau_sel": (0.05, 0.05)} if isinstance(selector, BypassBank) else {}
 
 
 def _train(

@@ -1,0 +1,203 @@
+"""What rejected tokens do, and whose keys kept ones see: against loops over tokens, and gone when removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shiva_search.errors import InputError
+from shiva_search.models.model import Model
+from shiva_search.records.plan import Kept, Plan
+from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.bypass import AffineBypass, BypassBank
+from shiva_search.runtime.scorers import Stride
+from shiva_search.selection.closed_form import untrained_bypasses
+from shiva_search.selection.loading import load_selector
+from tests.models.conformance import FAMILY_CASES
+
+CASES = {case.name: case for case in FAMILY_CASES}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return CASES["dit"].model()
+
+
+@pytest.fixture(scope="module")
+def bank(model: Model) -> BypassBank:
+    made = untrained_bypasses(model, ranks=(2, 5))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(20)  # far from zero, so that a mistake shows
+    return made
+
+
+def slow_update(bypass: AffineBypass, x_D: torch.Tensor, condition_C: torch.Tensor, rank: int) -> torch.Tensor:
+    """One token, written out as the file's head says it."""
+    normed_D = (x_D - x_D.mean()) / (x_D.var(unbiased=False) + 1e-5).sqrt()
+    condition_C = (condition_C - condition_C.mean()) / (condition_C.var(unbiased=False) + 1e-5).sqrt()
+    update_D = bypass.mean[0].clone()
+    for r in range(rank):
+        # Weights over n(x) count less their mean, which changes nothing: n(x) has none.
+        h = bypass.over_normed[0, r] @ normed_D + bypass.over_tokens[0, r] @ x_D
+        h = h + bypass.over_condition[0, r] @ condition_C + bypass.hidden[0, r]
+        update_D = update_D + h * bypass.out[0, r]
+    return update_D
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_tokens_move_as_written_out(bank: BypassBank, rank: int) -> None:
+    bypass = bank.bypasses[1]
+    width, condition_width = bank.widths
+    x_BND = 3 * torch.randn(2, 7, width) + 1
+    condition_BC = torch.randn(2, condition_width)
+    hidden = bypass.read(x_BND, condition_BC)
+    moved = bypass.move(x_BND, hidden, rank)
+    for b in range(2):
+        for n in range(7):
+            expected = x_BND[b, n] + slow_update(bypass, x_BND[b, n], condition_BC[b], rank)
+            assert moved[b, n] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_a_bypass_is_close_in_bfloat16(bank: BypassBank) -> None:
+    bypass = bank.bypasses[1]
+    width, condition_width = bank.widths
+    x_BND, condition_BC = 3 * torch.randn(2, 7, width) + 1, torch.randn(2, condition_width)
+    exact = bypass.move(x_BND, bypass.read(x_BND, condition_BC), 5) - x_BND
+    half = x_BND.bfloat16()
+    found = bypass.move(half, bypass.read(half, condition_BC.bfloat16()), 5)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - half.float() - exact).norm() < 0.05 * (exact.norm() + x_BND.norm())
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3.5", "flux.1-dev", "pixart-sigma", "auraflow"])
+def test_rejected_tokens_take_the_bypass_and_kept_ones_the_block(name: str) -> None:
+    model = CASES[name].model()
+    bank = untrained_bypasses(model, ranks=(2, 3))
+    row = [Kept(model.tokens), *[Kept(model.tokens // 2, 3)] * (model.layer_count - 1)]
+    identity = [Kept(int(k)) for k in row]
+    seen: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {"bypass": {}, "none": {}}
+    for label, choices in (("bypass", row), ("none", identity)):
+
+        def note(layer, x_BND, out_BND, kept_BK, label=label):
+            seen[label][layer] = (x_BND, out_BND, kept_BK)
+
+        with torch.no_grad(), AppliedPlan(model, Plan.from_rows(model, [choices]), bank, guidance=False) as applied:
+            applied.controller.observer = note
+            model.predict(model.example())
+    x_BND, out_BND, kept_BK = seen["bypass"][1]
+    same_x, plain_BND, plain_kept = seen["none"][1]
+    assert torch.equal(x_BND, same_x)
+    rejected = torch.ones(x_BND.shape[:2], dtype=torch.bool).scatter(1, kept_BK, False)
+    assert not torch.allclose(out_BND[rejected], x_BND[rejected])
+    ranked = bank.bypasses[1]
+    scores = ranked.scores(ranked.read(x_BND, torch.zeros(len(x_BND), bank.widths[1])), 3)
+    assert torch.equal(kept_BK, scores.topk(model.tokens // 2).indices.sort(1).values)
+    both = [sorted(set(a) & set(b)) for a, b in zip(kept_BK.tolist(), plain_kept.tolist(), strict=True)]
+    if both == kept_BK.tolist():  # the same choice: kept tokens went through the same block
+        assert torch.allclose(out_BND[~rejected], plain_BND[~rejected], atol=1e-5)
+
+
+def test_a_block_may_be_replaced_by_its_bypass(model: Model, bank: BypassBank) -> None:
+    row = [Kept(model.tokens), *[Kept(0, 5)] * (model.layer_count - 1)]
+    steps = {}
+
+    def note(layer, x_BND, out_BND, kept_BK):
+        steps[layer] = (x_BND, out_BND)
+
+    with torch.no_grad(), AppliedPlan(model, Plan.from_rows(model, [row]), bank, guidance=False) as applied:
+        applied.controller.observer = note
+        inputs = model.example()
+        model.predict(inputs)
+    condition_BC = model.layers[1].module.norm1.emb(
+        inputs["timestep"], inputs["class_labels"], hidden_dtype=torch.float32
+    )
+    x_BND, out_BND = steps[1]
+    expected = x_BND[0, 0] + slow_update(bank.bypasses[1], x_BND[0, 0], condition_BC[0], 5)
+    assert out_BND[0, 0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart-sigma", "pixart-alpha"])
+def test_with_keys_of_all_a_kept_token_comes_out_as_from_the_dense_block(name: str) -> None:
+    model = CASES[name].model()
+    k = model.tokens // 3
+    plan = Plan.from_rows(model, [[Kept(model.tokens), *[Kept(k, 0, "all")] * (model.layer_count - 1)]])
+    steps, dense = {}, {}
+
+    def note(layer, x_BND, out_BND, kept_BK):
+        steps[layer] = (x_BND, out_BND, kept_BK)
+
+    with torch.no_grad(), AppliedPlan(model, plan, "norm", guidance=False) as applied:
+        applied.controller.observer = note
+        model.predict(model.example())
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict, layer: int) -> None:
+        x_BND = steps[layer][0]
+        dense[layer] = type(module).forward(module, **{**kwargs, "hidden_states": x_BND})
+
+    hooks = []
+    for layer in model.layers:
+
+        def hook(module, args, kwargs, index=layer.index, names=layer.arguments):
+            keep(module, (), {**kwargs, **dict(zip(names, args, strict=False))}, index)
+
+        hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+    with torch.no_grad():
+        model.predict(model.example())
+    for handle in hooks:
+        handle.remove()
+    for layer, (x_BND, out_BND, kept_BK) in steps.items():
+        if kept_BK is None:
+            continue
+        index = kept_BK[..., None].expand(-1, -1, x_BND.shape[-1])
+        assert torch.allclose(out_BND.gather(1, index), dense[layer].gather(1, index), atol=1e-5)
+        rejected = torch.ones(x_BND.shape[:2], dtype=torch.bool).scatter(1, kept_BK, False)
+        assert torch.equal(out_BND[rejected], x_BND[rejected])
+
+
+def test_keep_all_is_bit_identical_and_nothing_is_left_behind(model: Model, bank: BypassBank) -> None:
+    inputs = model.example()
+    before = sorted(name for name, _ in model.module.named_parameters())
+    with torch.no_grad():
+        expected = model.predict(inputs)
+        with AppliedPlan(model, Plan.from_rows(model, [[Kept(model.tokens, 5, "all")] * model.layer_count]), bank):
+            assert torch.equal(model.predict(inputs), expected)
+        with AppliedPlan(model, Plan.from_rows(model, [[model.tokens, *[Kept(3, 2)] * 3]]), bank):
+            assert not torch.equal(model.predict(inputs), expected)
+        assert torch.equal(model.predict(inputs), expected)
+    assert sorted(name for name, _ in model.module.named_parameters()) == before
+
+
+def test_a_plan_without_its_bypass_is_refused(model: Model, bank: BypassBank) -> None:
+    plan = Plan.from_rows(model, [[model.tokens, *[Kept(3, 2)] * 3]])
+    with pytest.raises(InputError, match="bypass of rank 2.*selector.safetensors"):
+        AppliedPlan(model, plan, Stride())
+    other = Plan.from_rows(model, [[model.tokens, *[Kept(3, 4)] * 3]])
+    with pytest.raises(InputError, match="ranks 0, 2, 5"):
+        AppliedPlan(model, other, bank)
+
+
+def test_attention_to_all_is_refused_where_the_block_cannot() -> None:
+    model = CASES["sd3"].model()
+    plan = Plan.from_rows(model, [[model.tokens, *[Kept(3, 0, "all")] * (model.layer_count - 1)]])
+    with pytest.raises(InputError, match="attends to all tokens"):
+        AppliedPlan(model, plan, "stride")
+
+
+def test_a_bank_survives_its_file(bank: BypassBank, model: Model, tmp_path: Path) -> None:
+    bank.save(tmp_path / "selector.safetensors")
+    loaded = load_selector(tmp_path)
+    assert isinstance(loaded, BypassBank) and loaded.shape == bank.shape and loaded.model == model.fingerprint()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), bank.parameters(), strict=True))
+
+
+def test_a_plan_with_variants_survives_its_file(model: Model, tmp_path: Path) -> None:
+    row = [Kept(model.tokens), Kept(5, 2), Kept(0, 5), Kept(7, 0, "all")]
+    plan = Plan.from_rows(model, [row])
+    plan.save(tmp_path / "plan.json")
+    again = Plan.from_file(tmp_path)
+    assert again.rows == plan.rows == (tuple(row),)
+    assert again.bypass == {"kind": "affine", "ranks": [[0, 2, 5, 0]]} and again.attend[0][3] == "all"
