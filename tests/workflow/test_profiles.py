@@ -64,7 +64,7 @@ def test_a_profile_that_holds_is_used_as_it_is(model: Model, recorded: tuple[Pat
     assert abs(check["largest_change"]) < 0.03
     checked = set(check["changes"])
     dense = f"block {model.layers[0].signature} {model.tokens}"
-    assert dense in checked and len(checked) == 6  # the dense block, three counts, two plans
+    assert dense in checked and len(checked) >= 6  # the dense block, three counts, two plans, and variants of blocks
 
 
 def test_another_clock_rescales_and_leaves_what_was_measured(

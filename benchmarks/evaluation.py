@@ -1,0 +1,91 @@
+"""Plans judged per second during a search, next to one plain forward per plan over the whole calibration batch.
+
+The search shares prefixes between plans and drops hopeless ones early; afterwards every plan it judged is judged again
+by plain forwards, and the best of them that holds the budget has to be the plan that the search chose.
+
+    python -m benchmarks.evaluation [--trials 100] [--budget 0.6]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+
+from benchmarks.search import AnalyticCost
+from benchmarks.timing import print_result
+from shiva_search.models.catalog import load_model, shipped_router
+from shiva_search.records.budget import Budget
+from shiva_search.search.candidates import build_space
+from shiva_search.search.fidelity import FidelityEvaluator
+from shiva_search.search.knapsack import solve
+from shiva_search.search.run_search import enqueue_start, evaluator_for
+from shiva_search.search.sensitivity import measure_effects
+from shiva_search.search.study import PlanStudy
+from shiva_search.selection.loading import load_selector
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="fashion-dit")
+    parser.add_argument("--budget", type=float, default=0.6, help="share of the dense latency")
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+
+    model = load_model(options.model)
+    router = shipped_router(model)
+    scorer = "stride" if router is None else load_selector(router)
+    width = int(model.config["num_attention_heads"]) * int(model.config["attention_head_dim"])
+    space = build_space(
+        model, AnalyticCost(model.tokens, model.layer_count, width), Budget(shares={"latency_ms": options.budget})
+    )
+    evaluator = evaluator_for(model, scorer, space, options.seed, options.samples, options.chunk)
+    begun = time.perf_counter()
+    effects = measure_effects(evaluator, space)
+    prepared_s = time.perf_counter() - begun
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    settings = {"seed": options.seed, "sampler": "trade", "trials": options.trials}
+    plans = PlanStudy(study, space, effects, evaluator, settings)
+    enqueue_start(plans, solve(space, effects.errors_PC).plan_P, options.trials)
+    begun = time.perf_counter()
+    plans.run(options.trials)
+    search_s = time.perf_counter() - begun
+    chosen, records = plans.best(), plans.records()
+    assert chosen is not None
+
+    batch = model.batch("calibration", options.samples, options.seed)
+    plain = FidelityEvaluator(model, scorer, batch, options.chunk, memory_mib=0.0, sketch=1)
+    begun = time.perf_counter()
+    errors = [plain.error(space.rows(record.plan_P)) for record in records]
+    plain_s = time.perf_counter() - begun
+    fits = [space.feasible(record.plan_P[None])[0] for record in records]
+    best = min((i for i in range(len(records)) if fits[i]), key=lambda i: errors[i])
+    result = {
+        "plans_per_s": len(records) / search_s,
+        "forwards_per_s": len(records) / plain_s,
+        "ratio": plain_s / search_s,
+        "ratio_with_sensitivities": plain_s / (search_s + prepared_s),
+        "same_plan": records[best].number == chosen.number,
+        "error": chosen.error,
+        "error_of_plain_choice": errors[best],
+        "plans": len(records),
+        "judged_in_full": sum(record.complete for record in records),
+        "dense_forwards": evaluator.forwards,
+    }
+    print(
+        f"{len(records)} plans: {result['plans_per_s']:.2f} a second in the search, {result['forwards_per_s']:.2f} by "
+        f"a plain forward each, {result['ratio']:.2f} times as many; "
+        f"{'the same' if result['same_plan'] else 'ANOTHER'} plan is best"
+    )
+    print_result(result)
+    return result
+
+
+if __name__ == "__main__":
+    main()
