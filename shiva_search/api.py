@@ -32,8 +32,9 @@ Progress = Callable[[str], None]
 Selector = TokenScorer | str | None
 
 __all__ = [
-    "apply_plan", "fidelity", "fit_bypasses", "fit_cost_model", "from_pretrained", "load_model", "load_profile", "load_selector",
-    "measure", "optimize", "profile", "remove_plan", "save_pretrained", "search", "train_selector", "warm_up", "wrap",
+    "apply_plan", "fidelity", "fit_bypasses", "fit_cost_model", "from_pretrained", "load_model", "load_profile",
+    "load_selector", "measure", "optimize", "profile", "remove_plan", "save_pretrained", "search", "train_selector",
+    "warm_up", "wrap",
 ]  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def train_selector(
     seed: int = 0,
     **options: Any,
 ) -> TrainedSelector:
-    """Train the selector at the plan: from `selector`, else from bypasses where the plan has some, or a warmed-up router.
+    """Train the selector at the plan: `selector`, else bypasses where the plan has some, or a warmed-up router.
 
     Raises:
         InputError: the plan does not fit the model.

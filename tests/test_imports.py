@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "selection": FOUNDATION | {"runtime", "models", "cost"},
     "reporting": FOUNDATION,
     "generation": FOUNDATION | {"models", "runtime"},
-    "sharing": FOUNDATION | {"selection"},
+    "sharing": FOUNDATION | {"selection", "runtime"},
     "workflow": FOUNDATION | STAGES | {"generation"},
     "api": FOUNDATION | STAGES | {"workflow", "generation", "sharing"},
     "cli": FOUNDATION | {"api", "devices", "models", "workflow"},

@@ -159,8 +159,8 @@ class BlockAdapter:
         condition: (block, kwargs) -> [B, C], the backbone's own embedding of timestep and condition.
         gather: (kwargs, kept_BK, N) -> kwargs with what belongs to single tokens (rotary rows) reduced to the kept.
         joint: where the image tokens lie, if `tokens` holds others as well; see joint_adapter.
-        attend_all: (block, kwargs with all tokens, kept_BK, kept tokens) -> the block's output for the kept tokens where
-            these attend to the keys and values of all; None where the block class does not allow it.
+        attend_all: (block, kwargs with all tokens, kept_BK, kept tokens) -> the block's output for the kept tokens
+            where these attend to the keys and values of all; None where the block class does not allow it.
     """
 
     block_class: str

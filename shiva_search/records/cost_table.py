@@ -80,8 +80,8 @@ class CostTable:
         layers: signature of each layer.
         curves: metric -> signature -> Curve, for latency_ms, energy_j, gflops and memory_mib as far as known.
         fixed_costs: metric -> what a plan cannot change; for memory_mib what is held beside the largest layer.
-        extras: metric -> signature -> "all" or "rank R" -> Curve: what a layer costs beyond the plain one where its kept
-            tokens attend to all, or its rejected ones take a bypass.
+        extras: metric -> signature -> "all" or "rank R" -> Curve: what a layer costs beyond the plain one where its
+            kept tokens attend to all, or its rejected ones take a bypass.
         interval: the 90 % interval of a latency reaches from latency / (1 + interval) to latency * (1 + interval).
         missing: metric -> why it is unknown.
     """
@@ -148,7 +148,8 @@ class CostTable:
         absent = [part for part in parts if part not in known]
         if absent:
             raise InputError(
-                f"the profile did not measure {metric} of layers with {absent[0]}; profile again with that bypass or attention"
+                f"the profile did not measure {metric} of layers with {absent[0]}; "
+                "profile again with that bypass or attention"
             )
         return sum(known[part].at(k) for part in parts)
 

@@ -34,8 +34,8 @@ class AppliedPlan:
         bypasses: the rejected path by layer; None: the scorer's own, if it has one.
 
     Raises:
-        InputError: the plan does not fit the model (layers, tokens, fingerprint), asks for a bypass that is not there, or
-            for keys of all tokens in a block that cannot have them.
+        InputError: the plan does not fit the model (layers, tokens, fingerprint), asks for a bypass that is not there,
+            or for keys of all tokens in a block that cannot have them.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class AppliedPlan:
                 if choice.rank and (bypass is None or choice.rank not in bypass.ranks):
                     known = "none" if bypass is None else f"one with ranks {', '.join(map(str, bypass.ranks))}"
                     raise InputError(
-                        f"layer {layer.index} of this plan sends rejected tokens through a bypass of rank {choice.rank}, and "
-                        f"its selector has {known}; pass the selector the plan was made with (selector.safetensors)"
+                        f"layer {layer.index} of this plan sends rejected tokens through a bypass of rank {choice.rank}, "
+                        f"and its selector has {known}; pass the selector the plan was made with (selector.safetensors)"
                     )
                 if choice.attend == "all" and choice > 0 and not layer.attends_all:
                     raise InputError(
-                        f"layer {layer.index} of this plan attends to all tokens, which {type(layer.module).__name__} of "
-                        f"family {self.model.family.name!r} cannot; use a plan with attend kept"
+                        f"layer {layer.index} of this plan attends to all tokens, which {type(layer.module).__name__} "
+                        f"of family {self.model.family.name!r} cannot; use a plan with attend kept"
                     )
 
     def put_on(self) -> None:

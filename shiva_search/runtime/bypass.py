@@ -1,6 +1,6 @@
 """The cheap path of rejected tokens: an affine map of low rank per layer, and scores of what it will miss.
 
-In: tokens and condition of a layer. Out: the tokens after the cheap path, and how much the block would have added to it.
+In: tokens and condition of a layer. Out: the tokens after the cheap path, and how much the block would have added.
 Both read the same projection, so choosing tokens costs one more column of a matrix product.
 
 For a token x of width D in a layer with condition c (eq. of ours, beyond the paper; fit in selection/closed_form.py):

@@ -1,14 +1,14 @@
-"""Fit bypasses in closed form. In: a model and its training inputs. Out: a BypassBank, and what share each layer explains.
+"""Fit bypasses in closed form. In: a model and its training inputs. Out: a BypassBank, and what each layer explains.
 
 A pass runs the dense model over the inputs once, block by block: a sample of each block's tokens goes into normal
-equations in float64, and nothing else is kept. From the second pass on some tokens of each layer leave by the bypass of
-the pass before, so that a layer learns from tokens as they are behind pruned layers, not as they are in the dense model.
+equations in float64, and nothing else is kept. From the second pass on some tokens of each layer leave by the bypass
+of the pass before, so that a layer learns from tokens as they are behind pruned layers, not as in the dense model.
 
-Updates: ridge regression of f = block(x) - x on [n(x), x, n(c)], then reduced rank (Izenman 1975): the directions of the
-fitted values that carry most. Scores: ridge regression of log |f - bypass|^2 on [n(x), x], both less their mean over the
-sample's tokens, since only the order within a sample counts.
+Updates: ridge regression of f = block(x) - x on [n(x), x, n(c)], then reduced rank (Izenman 1975): the directions of
+the fitted values that carry most. Scores: ridge regression of log |f - bypass|^2 on [n(x), x], both less their mean
+over the sample's tokens, since only the order within a sample counts.
 
-Legend: B samples, N tokens, M of them drawn, D width, C condition width, P features, R rank, V ranks on offer, S segments.
+Legend: B samples, N tokens, M of them drawn, D width, C condition width, P features, R rank, V ranks, S segments.
 """
 
 from __future__ import annotations
@@ -137,10 +137,8 @@ def fit_bypasses(
         say(f"bypasses: pass {index + 1} of {passes} over {samples} inputs")
     assert bank is not None
     bank.model = model.fingerprint()
-    bank.origin = {
-        "stage": "closed form", "samples": samples, "passes": passes, "seed": seed,
-        "missed": {str(layer): {str(rank): share for rank, share in row.items()} for layer, row in report.missed.items()},
-    }  # fmt: skip
+    missed = {str(layer): {str(rank): left for rank, left in row.items()} for layer, row in report.missed.items()}
+    bank.origin = {"stage": "closed form", "samples": samples, "passes": passes, "seed": seed, "missed": missed}
     return bank.eval().requires_grad_(False), report
 
 

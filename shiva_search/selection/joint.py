@@ -21,7 +21,7 @@ from torch import nn
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Batch, Model
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Plan, row_as_json
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.selector import Selector
 from shiva_search.selection.adapters import adapted, adapter_state, adapters_off
@@ -142,7 +142,8 @@ def tune_jointly(
         trained += [(allocation, policy_lr), (budget_loss, 0.0)]
     identity = {
         "stage": "joint", "steps": steps, "seed": seed, "batch_size": batch_size, "groups": groups, "rank": rank,
-        "backbone_lr": backbone_lr, "rows": [[[int(k), k.rank, k.attend] for k in row] for row in plan.rows], "budget": budget,
+        "backbone_lr": backbone_lr, "budget": budget,
+        "rows": [row_as_json(row) for row in plan.rows],
         **asdict(chosen), "router": router.shape, "model": model.fingerprint(),
     }  # fmt: skip
     with adapted(model, rank) as parameters, AppliedPlan(model, plan, router, guidance=False) as applied:

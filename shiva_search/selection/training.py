@@ -19,7 +19,7 @@ import torch
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Plan, row_as_json
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.bypass import BypassBank
 from shiva_search.runtime.selector import Selector
@@ -32,9 +32,7 @@ from shiva_search.selection.training_gate import Recipe
 AnySelector = TypeVar("AnySelector", bound=Selector)
 
 
-def warm_up(
-    model: Model, *, router: Router | None = None, seed: int = 0, **options: Any
-) -> tuple[Router, list[Row]]:
+def warm_up(model: Model, *, router: Router | None = None, seed: int = 0, **options: Any) -> tuple[Router, list[Row]]:
     """Stage 1 for a router, a new one unless given; see warm_up_from."""
     return warm_up_from(model, router or Router.for_model(model, seed), seed=seed, **options)
 
@@ -125,13 +123,13 @@ def tune(
     if batch_size < 1 or group_size < 1:
         raise InputError(f"batch_size and group_size are at least 1, got {batch_size} and {group_size}")
     # The selector knows its trade: colder from the start, gentler steps.
-    chosen = Recipe(**{"lr": 1e-3 if isinstance(router, BypassBank) else 5e-4, "tau_rank": (0.05, 0.05), "tau_sel": (0.05, 0.05), "sigma": 0.05, **recipe})
+    lr = 1e-3 if isinstance(router, BypassBank) else 5e-4
+    chosen = Recipe(**{"lr": lr, "tau_rank": (0.05, 0.05), "tau_sel": (0.05, 0.05), "sigma": 0.05, **recipe})
 
     def groups_of(step: int) -> Iterable[Group]:
         return planned_groups(plan, draw_batch(model, batch_size, seed, step), group_size)
 
-    rows = [[[int(k), k.rank, k.attend] for k in row] for row in plan.rows]
-    settings = {"rows": rows, "group_size": group_size}
+    settings = {"rows": [row_as_json(row) for row in plan.rows], "group_size": group_size}
     curve = _train(
         "tune", model, plan, router, groups_of, chosen, settings, steps=steps, seed=seed,
         batch_size=batch_size, checkpoint=checkpoint, checkpoint_every_s=checkpoint_every_s, progress=progress,
