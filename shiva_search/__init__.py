@@ -23,6 +23,7 @@ _HOME = {
     "CostEstimate": "shiva_search.records.cost",
     "InfeasibleBudgetError": "shiva_search.errors",
     "InputError": "shiva_search.errors",
+    "Kept": "shiva_search.records.plan",
     "Plan": "shiva_search.records.plan",
     "ShivaError": "shiva_search.errors",
     "UnavailableError": "shiva_search.errors",
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from shiva_search.errors import BudgetBrokenError, InfeasibleBudgetError, InputError, ShivaError, UnavailableError
     from shiva_search.records.budget import Budget
     from shiva_search.records.cost import CostEstimate
-    from shiva_search.records.plan import Plan
+    from shiva_search.records.plan import Kept, Plan
     from shiva_search.records.workload import Workload
     from shiva_search.runtime.apply import AppliedPlan
 

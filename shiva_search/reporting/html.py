@@ -22,6 +22,7 @@ from shiva_search.reporting.tables import Row
 from shiva_search.reporting.words import (
     UNITS,
     Footnotes,
+    choice_in_words,
     cost_in_words,
     error_in_words,
     figure_in_words,
@@ -165,7 +166,7 @@ def _tiles(summary: Summary, notes: Footnotes) -> Iterator[tuple[str, str]]:
 
 
 def _schedule_in_words(plan: Plan) -> str:
-    rows = "; ".join(" ".join(map(str, row)) for row in plan.tokens_kept)
+    rows = "; ".join(" ".join(choice_in_words(k, plan.tokens) for k in row) for row in plan.rows)
     return f"Tokens kept of {plan.tokens}, layer by layer: {rows}"
 
 

@@ -26,7 +26,7 @@ from shiva_search.records.plan import Plan
 from shiva_search.records.run import Summary
 from shiva_search.reporting.reading import is_chosen, plan_row
 from shiva_search.reporting.tables import Row
-from shiva_search.reporting.words import UNITS, number, part_of, percent
+from shiva_search.reporting.words import UNITS, choice_in_words, number, part_of, percent
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision; shapes differ as well.
 PREDICTED, MEASURED, INK, QUIET, FAINT = "#0072b2", "#d55e00", "#222222", "#6b6b6b", "#c9c9c9"
@@ -249,7 +249,9 @@ def schedule_figure(plan: Plan) -> Figure:
                 )
             text = "skip" if share == 0 else f"{share * 100:.0f}"
             if not crowded and share > 0:
-                text = f"{share * 100:.0f} %\n{plan.tokens_kept[segment][layer]}"
+                text = f"{share * 100:.0f} %\n{choice_in_words(plan.rows[segment][layer], plan.tokens)}"
+            elif not crowded and plan.rows[segment][layer].rank:
+                text = f"bypass\nr{plan.rows[segment][layer].rank}"
             axes.text(
                 layer + 0.5, segment + 0.5, text, ha="center", va="center", fontsize=7 if crowded else 8,
                 rotation=90 if crowded else 0, color="white" if share > 0.72 else INK,

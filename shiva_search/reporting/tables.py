@@ -24,6 +24,7 @@ from shiva_search.records.run import Summary
 from shiva_search.reporting.words import (
     UNITS,
     Footnotes,
+    choice_in_words,
     cost_in_words,
     error_in_words,
     limits_in_words,
@@ -188,7 +189,7 @@ def closing_table(summary: Summary, plan: Plan | None = None, files: Sequence[Pa
     if plan is None:
         rows.append(("planned", notes.dash("plan.json: not there yet; `shiva-search optimize` makes it")))
     else:
-        kept = "\n".join(" ".join(map(str, row)) for row in plan.tokens_kept)
+        kept = "\n".join(" ".join(choice_in_words(k, plan.tokens) for k in row) for row in plan.rows)
         rows.append(("planned", f"tokens kept {kept}\n{plan_in_words(plan)}"))
     named = [f"{UNITS[f][0] if f in UNITS else 'mean keep'} at most {text}" for f, text in limits.items()]
     rows.append(("budget", ", ".join(named) or "none set"))

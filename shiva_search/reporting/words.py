@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from shiva_search.records.cost import COST_FIELD
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.records.run import Summary
 
 #: Cost field -> its name in words and its unit.
@@ -138,13 +138,25 @@ def ratio_of(summary: Summary, part: str) -> float | None:
 def plan_in_words(plan: Plan) -> str:
     """What a plan does to the blocks: "8 blocks: 2 select tokens, 1 is skipped, 5 keep all 784; ..."."""
     kept = [k for row in plan.tokens_kept for k in row]
+    pruned = [k for row in plan.rows for k in row if k < plan.tokens]
+    moving, everyone = sum(k.rank > 0 for k in pruned), sum(k > 0 and k.attend == "all" for k in pruned)
+    more = f"; rejected tokens take a bypass in {moving}" if moving else ""
+    more += f"; kept tokens attend to all in {everyone}" if everyone else ""
     selecting, skipped = sum(0 < k < plan.tokens for k in kept), kept.count(0)
     where = "blocks" if len(plan.segments) == 1 else f"blocks in {len(plan.segments)} timestep segments"
     return (
         f"{len(kept)} {where}: {_are(selecting, 'selects', 'select')} tokens, {_are(skipped, 'is', 'are')} skipped, "
         f"{_are(kept.count(plan.tokens), 'keeps', 'keep')} all {plan.tokens}; "
-        f"{percent(plan.mean_keep)} of all tokens are processed"
+        f"{percent(plan.mean_keep)} of all tokens are processed{more}"
     )
+
+
+def choice_in_words(choice: int, tokens: int) -> str:
+    """What a layer does: "784", "320", "320+r16" with a bypass of rank 16, "320*" where kept tokens attend to all."""
+    kept = Kept.of(choice)
+    if kept >= tokens:
+        return str(int(kept))
+    return f"{int(kept)}{'*' if kept > 0 and kept.attend == 'all' else ''}{f'+r{kept.rank}' if kept.rank else ''}"
 
 
 def _are(count: int, one: str, more: str) -> str:

@@ -86,8 +86,8 @@ class AppliedPlan:
                 if choice.rank and (bypass is None or choice.rank not in bypass.ranks):
                     known = "none" if bypass is None else f"one with ranks {', '.join(map(str, bypass.ranks))}"
                     raise InputError(
-                        f"layer {layer.index} of this plan sends rejected tokens through a bypass of rank {choice.rank}, "
-                        f"and its selector has {known}; pass the selector the plan was made with (selector.safetensors)"
+                        f"layer {layer.index} of this plan sends rejected tokens through a bypass of rank "
+                        f"{choice.rank}, and its selector has {known}; pass the selector the plan was made with (selector.safetensors)"
                     )
                 if choice.attend == "all" and choice > 0 and not layer.attends_all:
                     raise InputError(
