@@ -245,7 +245,12 @@ class Bench:
         order = list(self.parts)
         return replace(
             header,
-            rows=tuple(sorted(rows, key=lambda row: (order.index(row.signature), row.variant, row.tokens_kept))),
+            rows=tuple(
+                sorted(
+                    rows,
+                    key=lambda row: (order.index(row.signature), row.variant != PLAIN, row.variant, row.tokens_kept),
+                )
+            ),
             forwards=self._forwards(estimates),
             rest=rest_costs,
             dense={"gflops": flops.dense, **self._dense_latency(), **self.others.get("dense", {})},

@@ -87,7 +87,8 @@ class AppliedPlan:
                     known = "none" if bypass is None else f"one with ranks {', '.join(map(str, bypass.ranks))}"
                     raise InputError(
                         f"layer {layer.index} of this plan sends rejected tokens through a bypass of rank "
-                        f"{choice.rank}, and its selector has {known}; pass the selector the plan was made with (selector.safetensors)"
+                        f"{choice.rank}, and its selector has {known}; "
+                        "pass the selector the plan was made with (selector.safetensors)"
                     )
                 if choice.attend == "all" and choice > 0 and not layer.attends_all:
                     raise InputError(
