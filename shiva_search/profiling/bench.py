@@ -91,8 +91,10 @@ class Bench:
         self.explores = counts is None
         self.counts = token_grid(self.tokens, self.alignment) if counts is None else checked_counts(counts, self.tokens)
         self.parts = {part.signature: part for part in parts_of(model, device.torch_device, seed)}
-        bypasses = getattr(scorer, "bypasses", {})
-        self.ranks = tuple(rank for rank in next(iter(bypasses.values())).ranks if rank) if bypasses else ()
+        self._bypasses = dict(getattr(scorer, "bypasses", {}))
+        if self._bypasses:  # the first layer has none, but its block is measured among its like
+            self._bypasses[0] = self._bypasses[1]
+        self.ranks = tuple(rank for rank in getattr(scorer, "ranks", ()) if rank)
         self.attending = {part.signature for part in self.parts.values() if part.layers[0].attends_all}
         self.has_energy = False
         self.blocks: dict[str, BlockCell] = {}
@@ -310,7 +312,7 @@ class Bench:
             tokens=self.tokens,
             scorer=self.scorer,
             guidance=self.model.workload.guidance,
-            bypasses=getattr(self.scorer, "bypasses", {}),
+            bypasses=self._bypasses,
             t_B=self._t_B,
         )
         if getattr(self.scorer, "uses_history", False):
