@@ -1,10 +1,11 @@
 """What the choice of tokens is worth: output error of scorers at the same plans, against skipping whole blocks.
 
-On fashion-dit and its held-out "evaluation" images, at uniform keep 0.6 and at a given plan: the untrained scorers, the
-choice by each token's true update ("oracle": it runs every block in full first), the router after warm-up, and tuned at
-the plan; then skipping whole blocks at no more than the same latency, the best set by error on "calibration" images.
-Latency is measured, all rows interleaved with the dense model; the oracle has none. With --samples, images are
-generated and scored by the shipped classifier.
+On fashion-dit and its held-out "evaluation" images, at uniform keep 0.6 with rejected tokens that stand still, at the
+same with a bypass, and at a given plan: the untrained scorers, the choice by each token's true update ("oracle": it
+runs every block in full first), the selector that ships, and tuned at the plan; then skipping whole blocks at no more
+than the same latency, the best set by error on "calibration" images. Where a plan asks for a bypass, all scorers have
+the one that ships. Latency is measured, all rows interleaved with the dense model; the oracle has none. With
+--samples, images are generated and scored by the shipped classifier.
 
     python -m benchmarks.fidelity [--plan reports/demo] [--tune-steps 100] [--samples 1000]
 """
@@ -12,30 +13,32 @@ generated and scored by the shipped classifier.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+import shiva_search as ss
 from benchmarks.timing import print_result
 from shiva_search.devices import open_device
-from shiva_search.models.catalog import load_model, shipped_router
+from shiva_search.models.catalog import load_model
 from shiva_search.models.model import Model
 from shiva_search.models.reference.evaluation import sample, score_samples, velocity_of
 from shiva_search.profiling.end_to_end import measure_plans
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.bypass import Accompanied, BypassBank
 from shiva_search.runtime.scorers import SCORERS, TokenScorer
+from shiva_search.runtime.selector import Selector
 from shiva_search.search.fidelity import FidelityEvaluator
-from shiva_search.selection.loading import load_selector
-from shiva_search.selection.router import Router
-from shiva_search.selection.training import tune, warm_up
+from shiva_search.selection.training import tune
 
 KEEP = 0.6
 GUIDANCE_SCALE, SAMPLER_STEPS = 2.5, 25
@@ -97,22 +100,6 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def copy_of(router: Router) -> Router:
-    """A router of its own, since tuning works in place."""
-    twin = Router(router.config)
-    twin.load_state_dict(router.state_dict())
-    twin.model, twin.origin = router.model, dict(router.origin)
-    return twin.eval().requires_grad_(False)
-
-
-def warm_router(model: Model, path: Path | None, steps: int | None, seed: int) -> Router:
-    """The router from a file, the one that ships, or one trained now."""
-    shipped = shipped_router(model)
-    if path is not None or (shipped is not None and steps is None):
-        return cast(Router, load_selector(path or shipped or ""))
-    return warm_up(model, steps=steps or 200, seed=seed, progress=tell)[0]
-
-
 def skip_only(model: Model, limit: float, shares: Mapping[int, float], batch_size: int, seed: int) -> Plan:
     """The best plan without token selection whose latency share is within `limit`, by error on calibration images.
 
@@ -158,21 +145,21 @@ def score(model: Model, entry: Entry | None, samples: int, seed: int) -> dict[st
         return score_samples(draw(), labels)
 
 
-def entries_at(model: Model, name: str, plan: Plan, router: Router, tune_steps: int, seed: int) -> list[Entry]:
-    """All ways to choose tokens at one plan."""
-    ways: dict[str, TokenScorer | str] = {scorer: scorer for scorer in SCORERS}
-    ways["oracle"] = Oracle(model)
-    ways["router"] = router
+def entries_at(model: Model, name: str, plan: Plan, selector: Selector, tune_steps: int, seed: int) -> list[Entry]:
+    """All ways to choose tokens at one plan; where it asks for a bypass, all have the one that `selector` brings."""
+    ways: dict[str, TokenScorer | str] = {}
+    for name_of, untrained in {**{key: make() for key, make in SCORERS.items()}, "oracle": Oracle(model)}.items():
+        ways[name_of] = Accompanied(untrained, selector) if isinstance(selector, BypassBank) else untrained
+    ways["bypass" if isinstance(selector, BypassBank) else "router"] = selector
     if tune_steps:
-        ways["tuned"] = tune(model, copy_of(router), plan, steps=tune_steps, seed=seed, progress=tell)[0]
+        tuned = copy.deepcopy(selector)
+        ways["tuned"] = tune(model, tuned, plan, steps=tune_steps, seed=seed, progress=tell)[0]
     return [Entry(method, name, plan, scorer) for method, scorer in ways.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, help="plan.json or a run's folder, beside uniform keep")
-    parser.add_argument("--router", type=Path, help="a warmed-up router; the one that ships otherwise")
-    parser.add_argument("--warm-up-steps", type=int, help="train a router now instead of taking the one that ships")
     parser.add_argument("--tune-steps", type=int, default=100, help="0 leaves the tuned rows out")
     parser.add_argument("--images", type=int, default=256, help="held-out images per error")
     parser.add_argument("--samples", type=int, default=0, help="generated images per row; 0 leaves these figures empty")
@@ -181,17 +168,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model = load_model()
-    router = warm_router(model, options.router, options.warm_up_steps, options.seed)
-    plans = {f"uniform {KEEP}": Plan.uniform(model, KEEP, workload=model.workload.as_dict())}
+    still, moving = ss.warm_up(model), ss.fit_bypasses(model)
+    k = int(model.tokens * KEEP)
+    given = model.workload.as_dict()
+    jobs: list[tuple[str, Plan, Selector]] = [
+        (f"uniform {KEEP}", Plan.uniform(model, KEEP, workload=given), still),
+        (
+            f"uniform {KEEP}, bypass",
+            Plan.from_rows(
+                model, [[model.tokens, *[Kept(k, moving.ranks[1])] * (model.layer_count - 1)]], workload=given
+            ),
+            moving,
+        ),
+    ]
     if options.plan is not None:
-        plans["searched"] = Plan.from_file(options.plan)
+        plan = Plan.from_file(options.plan)
+        jobs.append(("searched", plan, still if plan.bypass["kind"] == "none" else moving))
     entries = [
         entry
-        for name, plan in plans.items()
-        for entry in entries_at(model, name, plan, router, options.tune_steps, options.seed)
+        for name, plan, selector in jobs
+        for entry in entries_at(model, name, plan, selector, options.tune_steps, options.seed)
     ]
     if options.seconds:
-        timed = [entry for entry in entries if not isinstance(entry.scorer, Oracle)]
+        timed = [entry for entry in entries if entry.method != "oracle"]
         scorers = {id(entry.plan): entry.scorer for entry in timed}
         for entry in timed:  # measured by row: plans are told apart by identity
             entry.plan = replace(entry.plan)
@@ -203,9 +202,10 @@ def main() -> None:
         for entry, measured in zip(timed, found, strict=True):
             entry.figures["latency_share"] = measured.ratio
         shares = skip_shares(model, options.device, options.seconds * 0.2)
-        for name in plans:
-            limit = next(e.figures["latency_share"] for e in entries if (e.method, e.name) == ("router", name))
-            assert limit is not None
+        for name, _, _ in jobs:
+            limit = min(
+                e.figures["latency_share"] or 1.0 for e in timed if e.name == name and isinstance(e.scorer, Selector)
+            )
             plan = skip_only(model, limit, shares, batch_size=64, seed=options.seed)
             skipped = sum(k == 0 for k in plan.tokens_kept[0])
             entries.append(Entry("skip-only", name, plan, "stride", {"latency_share": shares[skipped]}))
@@ -213,7 +213,8 @@ def main() -> None:
     dense = score(model, None, options.samples, options.seed) if options.samples else {}
     rows.append({"method": "dense", "plan": "dense", "latency_share": 1.0, "error": 0.0, **dense})
     for entry in entries:
-        watched = entry.scorer.watching() if isinstance(entry.scorer, Oracle) else nullcontext()
+        inner = entry.scorer.scorer if isinstance(entry.scorer, Accompanied) else entry.scorer
+        watched = inner.watching() if isinstance(inner, Oracle) else nullcontext()
         with watched:
             entry.figures["error"] = error_of(model, entry, options.images, options.seed)
             if options.samples:

@@ -195,8 +195,12 @@ def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dic
 
 
 def _fashion_batch(split: str, count: int, seed: int) -> Batch:
-    """Held-out Fashion-MNIST images noised by flow matching: x_t = (1 - t) x_0 + t eps, target eps - x_0."""
-    from shiva_search.models.reference.data import load_reference_data, to_pixels
+    """Held-out Fashion-MNIST images noised by flow matching: x_t = (1 - t) x_0 + t eps, target eps - x_0.
+
+    Half of the labels are left out, as in deployment: guidance runs each image with its label and without. What is
+    judged or trained on labels alone can be far off without them, and guidance multiplies the difference.
+    """
+    from shiva_search.models.reference.data import CLASSES, load_reference_data, to_pixels
 
     images, labels = load_reference_data(split)
     generator = torch.Generator().manual_seed(seed)
@@ -206,7 +210,8 @@ def _fashion_batch(split: str, count: int, seed: int) -> Batch:
     t_B = stratified_times(count, generator)
     x0, mix = to_pixels(images[rows]), t_B.view(-1, 1, 1, 1)
     noise = torch.randn(x0.shape, generator=generator)
-    inputs = {"hidden_states": (1 - mix) * x0 + mix * noise, "timestep": t_B * 1000, "class_labels": labels[rows]}
+    told = torch.where(torch.rand(count, generator=generator) < 0.5, labels[rows], CLASSES)
+    inputs = {"hidden_states": (1 - mix) * x0 + mix * noise, "timestep": t_B * 1000, "class_labels": told}
     return Batch(inputs, t_B, noise - x0)
 
 

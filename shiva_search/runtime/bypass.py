@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shiva_search.errors import InputError
+from shiva_search.runtime.scorers import TokenScorer
 from shiva_search.runtime.selector import Selector
 
 _EPS = 1e-5  # of the variance, as in nn.LayerNorm
@@ -154,6 +155,27 @@ class BypassBank(Selector):
         """Scores [B, N] where rejected tokens stand still: the TokenScorer protocol."""
         bypass: AffineBypass = self.layers[layer - 1]  # type: ignore[assignment]
         return bypass.scores(bypass.read(x_BND.detach(), condition_BC), 0)
+
+
+class Accompanied:
+    """Another scorer, with the bypasses of a bank: for telling apart what ranks tokens and what moves rejected ones.
+
+    Args:
+        scorer: ranks tokens.
+        bank: moves them.
+    """
+
+    def __init__(self, scorer: TokenScorer, bank: BypassBank) -> None:
+        self.scorer, self.bank = scorer, bank
+        self.bypasses, self.ranks, self.bypass_kind = bank.bypasses, bank.ranks, bank.bypass_kind
+        self.uses_history = getattr(scorer, "uses_history", False)
+        self.uses_update_size = getattr(scorer, "uses_update_size", True)
+
+    def __call__(
+        self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int, **history: Any
+    ) -> torch.Tensor:
+        """Scores [B, N] of the scorer."""
+        return self.scorer(x_BND, t_B, condition_BC, layer, **history)
 
 
 class _ByLayer(Mapping[int, AffineBypass]):

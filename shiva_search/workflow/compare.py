@@ -9,10 +9,11 @@ from shiva_search.errors import InfeasibleBudgetError
 from shiva_search.models.model import Model
 from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.budget import Budget
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.reporting import tables
 from shiva_search.reporting.html import build_report
-from shiva_search.runtime.scorers import SCORERS, TokenScorer
+from shiva_search.runtime.bypass import Accompanied, BypassBank
+from shiva_search.runtime.scorers import SCORERS, TokenScorer, scorer_by_name
 from shiva_search.search import holds, search
 from shiva_search.search.fidelity import fidelity
 from shiva_search.search.whole_blocks import WholeBlocks
@@ -28,10 +29,16 @@ def compare_command(path: Path, *, seconds: float, seed: int, progress: Progress
     cost = load_cost_model(path)
     trained = run.scorer()
     rows: list[tuple[str, Plan, TokenScorer | str]] = [("searched plan, trained selector", plan, trained)]
-    rows += [(f"searched plan, {name}", plan, name) for name in SCORERS]
+    for name in SCORERS:
+        untrained: TokenScorer | str = name
+        if isinstance(trained, BypassBank):  # the plan asks for a bypass, whatever ranks the tokens
+            untrained = Accompanied(scorer_by_name(name), trained)
+        rows.append((f"searched plan, {name}", plan, untrained))
     progress("choosing plans of the same latency: uniform keep, and whole blocks skipped")
-    uniform = _uniform_like(model, cost, plan)
-    rows += [("uniform keep, trained selector", uniform, trained), ("uniform keep, stride", uniform, "stride")]
+    ranks = trained.ranks[1:] if isinstance(trained, BypassBank) else ()
+    rank = next((rank for rank in ranks if f"rank {rank}" in cost.variants()), 0)
+    rows.append(("uniform keep, trained selector", _uniform_like(model, cost, plan, rank), trained))
+    rows.append(("uniform keep, stride", _uniform_like(model, cost, plan), "stride"))
     target = Budget(latency_ms=cost.predict(plan).latency_ms)
     try:
         skipping = search(
@@ -69,9 +76,16 @@ def compare_command(path: Path, *, seconds: float, seed: int, progress: Progress
     return Answer({"run": str(path), "alternatives": table}, lambda: "\n".join(lines))
 
 
-def _uniform_like(model: Model, cost: CostModel, plan: Plan) -> Plan:
-    """The uniform plan with the most tokens that is predicted to be no slower than a plan."""
+def _uniform_like(model: Model, cost: CostModel, plan: Plan, rank: int = 0) -> Plan:
+    """The uniform plan with the most tokens that is predicted to be no slower than a plan.
+
+    Args:
+        rank: of the bypass of rejected tokens.
+    """
     limit_ms = cost.predict(plan).latency_ms or 0.0
-    shares = [kept / model.tokens for kept in sorted(range(1, model.tokens + 1), reverse=True)]
-    plans = (Plan.uniform(model, share) for share in shares)
-    return next((p for p in plans if (cost.predict(p).latency_ms or 0.0) <= limit_ms), Plan.uniform(model, shares[-1]))
+
+    def uniform(k: int) -> Plan:
+        return Plan.from_rows(model, [[model.tokens, *[Kept(k, rank)] * (model.layer_count - 1)]])
+
+    plans = (uniform(k) for k in range(model.tokens - 1, 0, -1))
+    return next((found for found in plans if (cost.predict(found).latency_ms or 0.0) <= limit_ms), uniform(1))
