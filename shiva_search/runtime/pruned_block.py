@@ -17,7 +17,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.joint import CONTEXT
 from shiva_search.models.model import Layer
 from shiva_search.records.plan import Kept
-from shiva_search.runtime.bypass import AffineBypass, BypassBank
+from shiva_search.runtime.bypass import Accompanied, AffineBypass, BypassBank
 from shiva_search.runtime.places import StandIn
 from shiva_search.runtime.scorers import History, TokenScorer
 from shiva_search.runtime.step_caches import HeldChoice
@@ -106,8 +106,6 @@ class Controller:
         if self.t_B.device != x_BND.device:  # an offloading hook moved the tokens after the forward began
             self.t_B = self.t_B.to(x_BND.device)
             self.halves = None if self.halves is None else self.halves.to(x_BND.device)
-        if isinstance(self.scorer, nn.Module) and not torch.compiler.is_compiling():
-            _follow(self.scorer, x_BND.device)
         if self.ranks_by_bypass:
             bypass = self.bypasses[layer]
             if torch.is_grad_enabled():  # a ranking learns from what it did, not from how the tokens came about
@@ -137,11 +135,14 @@ class Controller:
             self.history = History(age_BN, update_size_BN)
 
 
-def _follow(scorer: nn.Module, device: torch.device) -> None:
+def _follow(scorer: TokenScorer, device: torch.device) -> None:
     """Move a selector to where an offloading hook moved the tokens. Not to the meta device, which would lose it."""
-    first = next(scorer.parameters(), None)
-    if first is not None and first.device != device and device.type != "meta":
-        scorer.to(device)
+    selector = scorer.bank if isinstance(scorer, Accompanied) else scorer
+    if not isinstance(selector, nn.Module) or device.type == "meta":
+        return
+    first = next(selector.parameters(), None)
+    if first is not None and first.device != device:
+        selector.to(device)
 
 
 def _no_tokens(x_BND: torch.Tensor) -> torch.Tensor:
@@ -225,6 +226,8 @@ class PrunedBlock(StandIn):
         context = kwargs.get(adapter.context) if adapter.context else None
         if not (k or rank):
             return adapter.pack(x_BND, context), _no_tokens(x_BND)
+        if not torch.compiler.is_compiling():
+            _follow(controller.scorer, x_BND.device)
         condition_BC = adapter.condition(block, kwargs)
         hidden_BNQ, rejected_BND = None, x_BND
         if rank or controller.ranks_by_bypass:
