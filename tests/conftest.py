@@ -11,6 +11,8 @@ import pytest
 # Before any test imports torch, diffusers or matplotlib: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# Tiny models gain nothing from threads and lose a lot where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The first example of a property pays for torch's start-up, which a deadline would call flaky. CI repeats the same
 # examples each time; elsewhere new ones are tried.
