@@ -84,8 +84,8 @@ The classifier has {accuracy:.2%} accuracy on the test images.
 
 `router.safetensors` (with `--bypass none`) and `bypass.safetensors` (the default: an affine path for rejected tokens,
 fit in closed form, then warmed up) serve every plan of this model. Both come from `scripts/warm_up_selectors.py` and
-the "train" part of the held-out images; half of the bypass's inputs have no label, as guidance asks for. Their curves are
-`router_training.csv` and `bypass_training.csv`.
+the "train" part of the held-out images; half of the bypass's inputs have no label, as guidance asks for. Their curves
+are `router_training.csv` and `bypass_training.csv`.
 
 ## Licences
 
