@@ -1,7 +1,8 @@
 """What selecting tokens costs: everything but the block itself, as a share of the dense block's time.
 
 Scoring by an untrained router, choosing, gathering and scattering, timed by the runtime's own path around a block that
-hands its tokens back. Dense block, selection and a pruned block take turns, so that all see the same machine.
+hands its tokens back; then the same ranked by what a bypass of rank 16 misses, without that bypass and with it. All of
+these, the dense block and a pruned block take turns, so that all see the same machine.
 
     python -m benchmarks.overhead --tokens 1024 --width 384 --keep 0.6 --batch 2
 """
@@ -20,10 +21,13 @@ from torch.utils._pytree import tree_map
 from benchmarks.timing import print_result, random_dit
 from shiva_search.models.model import Layer, Model
 from shiva_search.profiling.conditions import record_inputs
+from shiva_search.records.plan import Kept
 from shiva_search.runtime.pruned_block import Controller, PrunedBlock
 from shiva_search.runtime.scorers import History, TokenScorer
+from shiva_search.selection.closed_form import untrained_bypasses
 from shiva_search.selection.router import Router
 
+RANK = 16
 _LAYER = 1  # the first keeps all tokens
 
 
@@ -34,12 +38,15 @@ def block_calls(model: Model, scorer: TokenScorer, keep: float) -> dict[str, Cal
     k = int(keep * model.tokens)
     t_B = model.times(model.example())
 
-    def around(forward: Callable[..., Any]) -> Callable[[], Any]:
+    bank = untrained_bypasses(model, ranks=(RANK,))
+
+    def around(forward: Callable[..., Any], choice: int = k, scorer: TokenScorer = scorer) -> Callable[[], Any]:
         controller = Controller(
-            rows=[[k] * model.layer_count],
+            rows=[[choice] * model.layer_count],
             tokens=model.tokens,
             scorer=scorer,
             guidance=model.workload.guidance,
+            bypasses=getattr(scorer, "bypasses", {}),
             t_B=t_B,
         )
         seen_BN = torch.ones(len(t_B), model.tokens)
@@ -56,6 +63,8 @@ def block_calls(model: Model, scorer: TokenScorer, keep: float) -> dict[str, Cal
         "dense": lambda: layer.module.forward(**kwargs),
         "pruned": around(layer.module.forward),
         "selection": around(_hand_back(layer)),
+        "selection by bypass": around(_hand_back(layer), Kept(k), bank),
+        "selection and bypass": around(_hand_back(layer), Kept(k, RANK), bank),
     }
 
 
@@ -100,10 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with torch.no_grad():
         calls = block_calls(model, Router.for_model(model).requires_grad_(False), options.keep)
         samples = interleaved_ms(calls, options.rounds)
+
     # Whatever else a machine does only adds time; it slows neighbours in a round alike, so the share is a round's.
-    shares = [a / b for a, b in zip(samples["selection"], samples["dense"], strict=True)]
+    def share(name: str, less: str = "") -> float:
+        rounds = zip(samples[name], samples[less or name], samples["dense"], strict=True)
+        return statistics.median((a - (b if less else 0.0)) / dense for a, b, dense in rounds)
+
     result = {
-        "share": statistics.median(shares),
+        "share": share("selection"),
+        "share_ranked_by_bypass": share("selection by bypass"),
+        "bypass_share": share("selection and bypass", "selection by bypass"),
+        "share_with_bypass": share("selection and bypass"),
         "dense_ms": statistics.median(samples["dense"]),
         "selection_ms": statistics.median(samples["selection"]),
         "pruned_ms": statistics.median(samples["pruned"]),
