@@ -43,7 +43,8 @@ class Server:
             user=user, cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
         self._process = subprocess.Popen(
-            [bin_folder / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off"],
+            [bin_folder / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off",
+             "-c", "max_connections=500"],
             user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 

@@ -67,7 +67,8 @@ class AppliedPlan:
         )
         self._check_rows()
         self._looks_for_halves = guidance is None
-        self.root_arguments = model.root_arguments
+        # Asked once: what is computed when first used cannot be traced by torch.compile.
+        self.root_arguments, self._has_joint_blocks = model.root_arguments, model.has_joint_blocks
         self._afterwards: list[Callable[[], object]] = []
         remove_plan(model.module)  # a new plan replaces an old one
         self._blocks = [
@@ -137,7 +138,7 @@ class AppliedPlan:
             InputError: the samples of a batch lie in several segments of the plan.
         """
         controller = self.controller
-        if self.model.has_joint_blocks:  # the other blocks see for themselves
+        if self._has_joint_blocks:  # the other blocks see for themselves
             self.model.check_tokens(named, self.plan.tokens)
         controller.t_B = self.model.times(named)
         controller.history = None
