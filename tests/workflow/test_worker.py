@@ -63,7 +63,8 @@ def test_a_killed_search_goes_on_and_a_worker_helps(
     assert storage is not None
     asked = (
         "optimize", "--model", str(checkpoint), "--max-latency", "75%", "--out", "run", "--storage", url,
-        "--trials", str(TRIALS), "--train-steps", "0", "--warmup-steps", "2", "--profile-seconds", "4", "--bypass", "none",
+        "--trials", str(TRIALS), "--train-steps", "0", "--warmup-steps", "2", "--profile-seconds", "4",
+        "--bypass", "none",
     )  # fmt: skip
     first = command(*asked, folder=tmp_path)
     until = time.monotonic() + 200
