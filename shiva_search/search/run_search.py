@@ -70,6 +70,12 @@ class SearchResult:
     forwards: float = 0.0
 
 
+def check_attend(attend: str) -> None:
+    """Raises InputError for an unknown attention."""
+    if attend not in ("kept", "all", "free"):
+        raise InputError(f"--attend is one of kept, all, free, got {attend!r}")
+
+
 def variants_of(
     model: Model, cost: PlanCost, scorer: TokenScorer | str, attend: str = "free"
 ) -> list[list[tuple[str, int]]]:
@@ -86,8 +92,7 @@ def variants_of(
     Raises:
         InputError: an unknown attention.
     """
-    if attend not in ("kept", "all", "free"):
-        raise InputError(f"--attend is one of kept, all, free, got {attend!r}")
+    check_attend(attend)
     known = set(getattr(cost, "variants", lambda: ())())
     ranks = [0, *(rank for rank in getattr(scorer, "ranks", ()) if rank and f"rank {rank}" in known)]
     found = []

@@ -23,8 +23,9 @@ from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
 from shiva_search.records.run import RunFolder
 from shiva_search.reporting import tables
-from shiva_search.search import SearchResult, check_budget, holds, search
+from shiva_search.search import SearchResult, check_attend, check_budget, holds, search
 from shiva_search.search.fidelity import fidelity
+from shiva_search.search.study import SAMPLERS
 from shiva_search.selection.training import tune
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.images import draw_samples
@@ -55,13 +56,16 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     budget = Budget.parse(settings.budget, settings.per, settings.steps)
     if not budget:
         raise InputError("optimize needs a budget; write for example --max-latency 50ms or --max-latency 60%")
+    check_bypass(settings.bypass, settings.bypass_rank)
+    check_attend(settings.attend)
+    if settings.sampler not in SAMPLERS:
+        raise InputError(f"--sampler is one of {', '.join(SAMPLERS)}, got {settings.sampler!r}")
     run = RunFolder(out or Path("reports") / _run_name(settings))
     check_folder_writable(run.path)
     device, model = open_both(settings.model, settings.device, settings.workload, settings.seed)
     clock = _Clock()
 
     with clock("profile"):
-        check_bypass(settings.bypass, settings.bypass_rank)
         folder = _folder_of(settings, device, model)
         ranking = untrained_selector(model, settings.bypass, settings.bypass_rank)
         if resume and _is_under_way(run, settings):
