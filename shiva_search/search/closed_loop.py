@@ -153,7 +153,8 @@ def close_loop(
         used = usage(budget, measurement, cautious=True)
         say(
             f"round {len(rounds)}: predicted {rounds[-1]['predicted_ratio']:.1%}, measured {measurement.ratio:.1%} of "
-            f"dense, {'holds' if ok else 'breaks'} the budget ({max(used.values(), default=0.0):.1%} of it used)"
+            f"dense (at most {measurement.ratio_high:.1%}), {'holds' if ok else 'breaks'} the budget "
+            f"({max(used.values(), default=0.0):.1%} of it used at most)"
         )
         if not ok:
             failed |= {plan_P.tobytes()}
