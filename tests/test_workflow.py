@@ -75,8 +75,10 @@ def test_the_plan_is_static_and_within_its_prediction(run: Path) -> None:
 
 def test_predicted_and_measured_have_columns_of_their_own(run: Path) -> None:
     front = rows(run / "pareto.csv")
-    errors = [float(row["error"]) for row in front]
-    assert errors == sorted(errors) or errors == sorted(errors, reverse=True)
+    # The chosen plan is in the table even where a correction of the costs has put another one just ahead of it.
+    errors = [float(row["error"]) for row in front if row["chosen"] != "true"]
+    assert errors == sorted(errors, reverse=True)
+    assert sum(row["chosen"] == "true" for row in front) == 1
     assert {"predicted_latency_ms", "measured_latency_ms"} <= set(front[0])
     trials = rows(run / "trials.csv")
     assert len(trials) >= 6
