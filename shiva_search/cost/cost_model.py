@@ -191,7 +191,7 @@ def _assembled(known: CostModel, evidence: Evidence) -> CostModel:
     extras = {
         **known.extras,
         "latency_ms": {
-            name: {part: Curve(extra.tokens_kept, extra.latency_ms) for part, extra in parts.items()}
+            name: {part: Curve(evidence.extras[name][part].tokens_kept, values) for part, values in parts.items()}
             for name, parts in fit.extras_ms.items()
         },
     }
@@ -355,13 +355,13 @@ def _energy(
     extras = {
         name: {
             part: Curve(
-                extra.tokens_kept,
+                evidence.extras[name][part].tokens_kept,
                 tuple(
                     scale * 1e-3 * ms * float(np.interp(k, known["tokens_kept"], known["power_w"]))
-                    for k, ms in zip(extra.tokens_kept, extra.latency_ms, strict=True)
+                    for k, ms in zip(evidence.extras[name][part].tokens_kept, values, strict=True)
                 ),
             )
-            for part, extra in fit.extras_ms[name].items()
+            for part, values in fit.extras_ms[name].items()
         }
         for name, known in power["blocks"].items()
         if name in fit.extras_ms

@@ -11,7 +11,7 @@ import numpy as np
 from shiva_search.errors import InputError
 from shiva_search.records.cost_table import extra_parts
 from shiva_search.records.plan import Kept, row_as_json, row_from_json
-from shiva_search.records.profile import Profile, signatures_of
+from shiva_search.records.profile import Profile, Row, signatures_of
 
 _Z95 = 1.96
 _NO_BETTER = 0.003  # relative; a bootstrap interval knows nothing of errors all samples share
@@ -37,16 +37,19 @@ class Extra:
     """What a variant of a pruned block costs beyond the plain one.
 
     Attributes:
-        tokens_kept: ascending, from 0 to N; straight lines between.
+        tokens_kept: ascending, below N; straight lines between, and beyond both ends as at the end.
         latency_ms: above the plain block at that count, measured alone; may be below zero.
+        error_ms: standard error of each.
     """
 
     tokens_kept: tuple[int, ...]
     latency_ms: tuple[float, ...]
+    error_ms: tuple[float, ...]
 
-    def at(self, k: int) -> float:
-        """Milliseconds at one count."""
-        return float(np.interp(k, self.tokens_kept, self.latency_ms))
+    def weights(self, k: int) -> np.ndarray:
+        """[counts]: how much each measured count says about one; they add up to 1."""
+        unit = np.eye(len(self.tokens_kept))
+        return np.array([np.interp(k, self.tokens_kept, row) for row in unit])
 
 
 #: "all", or "rank 16": one part of a variant; the parts of a variant add up.
@@ -154,7 +157,10 @@ class Evidence:
             for item in known["plans"]
         )
         known["extras"] = {
-            name: {part: Extra(tuple(item["tokens_kept"]), tuple(item["latency_ms"])) for part, item in parts.items()}
+            name: {
+                part: Extra(*(tuple(item[key]) for key in ("tokens_kept", "latency_ms", "error_ms")))
+                for part, item in parts.items()
+            }
             for name, parts in known.get("extras", {}).items()
         }
         return cls(**known)
@@ -165,24 +171,27 @@ def _extras(profile: Profile, signature: str) -> dict[str, Extra]:
 
     A bypass costs much the same at any count of tokens kept but none, so few counts serve all.
     """
-    found, plain = {}, {row.tokens_kept: row.latency_ms for row in profile.curve(signature)}
+    found, plain = {}, {row.tokens_kept: row for row in profile.curve(signature)}
     for (attend, rank), rows in profile.variants(signature).items():
         parts = extra_parts(Kept(0, rank, attend))
         if len(parts) != 1:
             continue
-        differences = {
-            row.tokens_kept: row.latency_ms - plain[row.tokens_kept] for row in rows if row.tokens_kept in plain
-        }
-        inside = sorted(k for k in differences if 0 < k < profile.tokens)
-        if rank:
-            steady = float(np.median([differences[k] for k in inside])) if inside else differences.get(0, 0.0)
-            ends = {0: differences.get(0, steady), 1: steady, profile.tokens - 1: steady, profile.tokens: 0.0}
-            found[parts[0]] = Extra(tuple(ends), tuple(max(0.0, value) for value in ends.values()))
-        elif inside:
-            # Nothing is attended to where no token is kept, and all is as in the dense block where all are.
-            points = {0: 0.0, 1: differences[inside[0]], **{k: differences[k] for k in inside}, profile.tokens: 0.0}
-            found[parts[0]] = Extra(tuple(sorted(points)), tuple(points[k] for k in sorted(points)))
+        differences, errors = {}, {}
+        for row in rows:
+            other = plain.get(row.tokens_kept)
+            if other is not None and row.tokens_kept < profile.tokens:
+                differences[row.tokens_kept] = row.latency_ms - other.latency_ms
+                errors[row.tokens_kept] = float(np.hypot(_error_ms(row), _error_ms(other)))
+        if differences:
+            counts = tuple(sorted(differences))
+            found[parts[0]] = Extra(
+                counts, tuple(differences[k] for k in counts), tuple(errors[k] for k in counts)
+            )  # fmt: skip
     return found
+
+
+def _error_ms(row: Row) -> float:
+    return row.latency_ms * _error(row.latency_ms, row.latency_ms_low, row.latency_ms_high)
 
 
 def _error(centre: float, low: float, high: float) -> float:

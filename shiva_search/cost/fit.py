@@ -1,12 +1,13 @@
 """Fit latency. In: Evidence. Out: a monotone curve per signature and a fixed part, in milliseconds, that add up.
 
 One bounded least-squares problem. Unknown are the fixed part f, the cost c_s(k) of a block of signature s at each
-measured count k, and three corrections: a scale a, an overhead o per layer that runs, and p per layer that is pruned.
-All in units of the dense forward:
+measured count k, what a variant (a bypass, attention to all tokens) costs beyond it, e_s(k), and three corrections: a
+scale a, an overhead o per layer that runs, and p per layer that is pruned. All in units of the dense forward:
 
     c_s(k) = a b_s(k) + o [k > 0] + p [0 < k < N]   blocks measured alone, b, to within their error and what they miss
+    e_s(k) = a d_s(k)                               differences measured alone, d, likewise
     f + sum_l c_s(l)(N) = 1                         the dense forward
-    f + sum_l c_s(l)(k_l) = y                       each plan measured from end to end, to within its error
+    f + sum_l c_s(l)(k_l) + e_s(l)(k_l) = y         each plan measured from end to end, to within its error
     a = 1,  o = p = 0,  f = rest cell               weakly
 
 with c_s rising in k over the pruned counts. The dense block stands beside the curve, since it selects nothing and may
@@ -18,16 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from shiva_search.cost.evidence import Evidence, Extra, PlanRatio
+from shiva_search.cost.evidence import Evidence, PlanRatio
 from shiva_search.records.cost_table import extra_parts
 
 # Prior widths, relative. A block alone and the same block in a model differ by caches, allocator and neighbours.
 _BLOCK_IN_MODEL = 0.02  # of c_s(k), beyond what scale and overhead explain
 _OF_DENSE_BLOCK = 0.003  # the least of it, in units of the dense block
+_EXTRA_IN_MODEL = 0.3  # of e_s(k): what a difference of two cells alone leaves out is large next to it
+_RANKS_ALIKE = 0.01  # of the dense block: passes over the tokens make a bypass's cost, its rank changes little
 _SCALE = 0.1
 _OVERHEAD = 0.05  # of the dense block, for layers that run and for pruned ones
 _REST = 0.3  # of the rest cell
@@ -44,7 +48,7 @@ class LatencyFit:
         fixed_ms: what no plan changes.
         curves_ms: by signature, at the measured counts of that signature.
         scale, overhead_ms, pruned_ms: the corrections that were folded in: a, o and p above.
-        extras_ms: what variants cost beyond the curve, by signature and part, the scale folded in.
+        extras_ms: what variants cost beyond the curve, by signature and part, at the counts of the evidence.
     """
 
     fixed_ms: float
@@ -52,7 +56,7 @@ class LatencyFit:
     scale: float
     overhead_ms: float
     pruned_ms: float
-    extras_ms: Mapping[str, Mapping[str, Extra]]
+    extras_ms: Mapping[str, Mapping[str, tuple[float, ...]]]
 
 
 def fit_latency(evidence: Evidence) -> LatencyFit:
@@ -72,7 +76,7 @@ def plan_share(fit: LatencyFit, evidence: Evidence, plan: PlanRatio) -> float:
     def total(row: tuple[int, ...]) -> float:
         return fit.fixed_ms + sum(
             float(np.interp(k, evidence.blocks[name].tokens_kept, fit.curves_ms[name]))
-            + sum(fit.extras_ms[name][part].at(k) for part in extra_parts(k))
+            + sum(float(evidence.extras[name][part].weights(k) @ fit.extras_ms[name][part]) for part in extra_parts(k))
             for name, k in zip(evidence.layers, row, strict=True)
         )
 
@@ -81,7 +85,7 @@ def plan_share(fit: LatencyFit, evidence: Evidence, plan: PlanRatio) -> float:
 
 
 class _System:
-    """Rows of the least-squares problem over x = [f, a, o, p, steps of every curve]."""
+    """Rows of the least-squares problem over x = [f, a, o, p, steps of every curve, every extra]."""
 
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
@@ -95,6 +99,11 @@ class _System:
         for name, curve in blocks.items():
             self.offsets[name] = width
             width += len(curve.tokens_kept)
+        self.extras: dict[tuple[str, str], slice] = {}
+        for name, parts in evidence.extras.items():
+            for part, extra in parts.items():
+                self.extras[name, part] = slice(width, width + len(extra.tokens_kept))
+                width += len(extra.tokens_kept)
         self.width = width
         self.matrices = {name: self._curve_matrix(name) for name in blocks}
         self.dense_block = sum(blocks[name].latency_ms[-1] for name in names) / len(names) / self.sum_ms
@@ -110,6 +119,9 @@ class _System:
         values = np.concatenate([self.prior_values, self.plan_values * root])
         low = np.zeros(self.width)
         low[1], low[2], low[3] = 0.05, -np.inf, -np.inf
+        for (_, part), place in self.extras.items():
+            if part == "all":  # a kernel may take more keys in less time; a bypass is only ever work
+                low[place] = -np.inf
         solution: np.ndarray = lsq_linear(matrix, values, bounds=(low, np.full(self.width, np.inf)), method="bvls").x
         return solution
 
@@ -125,12 +137,8 @@ class _System:
         unit_ms = float((self.evidence.dense_ms or self.sum_ms) / total)
         curves = {name: tuple(float(v) * unit_ms for v in curve) for name, curve in values.items()}
         fixed, scale, overhead, pruned = (float(value) for value in solution[:4])
-        to_model = scale * unit_ms / self.sum_ms
         extras = {
-            name: {
-                part: Extra(extra.tokens_kept, tuple(value * to_model for value in extra.latency_ms))
-                for part, extra in parts.items()
-            }
+            name: {part: tuple((solution[self.extras[name, part]] * unit_ms).tolist()) for part in parts}
             for name, parts in self.evidence.extras.items()
         }
         return LatencyFit(fixed * unit_ms, curves, scale, overhead * unit_ms, pruned * unit_ms, extras)
@@ -167,10 +175,30 @@ class _System:
                 spread = _BLOCK_IN_MODEL * alone + _OF_DENSE_BLOCK * self.dense_block if self.evidence.plans else 0.0
                 error = float(np.hypot(curve.error[i] * alone, spread))
                 add(matrix[i] - corrected, 0.0, error)
+        for (name, part), place in self.extras.items():
+            extra = self.evidence.extras[name][part]
+            for row, ms, error_ms in zip(unit[place], extra.latency_ms, extra.error_ms, strict=True):
+                alone = ms / self.sum_ms
+                spread = _EXTRA_IN_MODEL * abs(alone) + _OF_DENSE_BLOCK * self.dense_block if self.evidence.plans else 0
+                error = float(np.hypot(error_ms / self.sum_ms, spread)) + 1e-9
+                add(row - alone * unit[1], 0.0, error)
+        for one, other in self._pairs_of_ranks():
+            for row in unit[one] - unit[other]:
+                add(row, 0.0, _RANKS_ALIKE * self.dense_block)
         if whole:
             dense = unit[0] + sum(self.matrices[name][-1] for name in self.evidence.layers)
             add(dense, 1.0, _DENSE)
         return np.array(rows), np.array(values)
+
+    def _pairs_of_ranks(self) -> list[tuple[slice, slice]]:
+        """Places of two ranks of one signature that were measured at the same counts."""
+        ranks = [(name, part) for name, part in self.extras if part != "all"]
+        counts = {key: self.evidence.extras[key[0]][key[1]].tokens_kept for key in ranks}
+        return [
+            (self.extras[one], self.extras[other])
+            for one, other in pairwise(ranks)
+            if one[0] == other[0] and counts[one] == counts[other]
+        ]
 
     def _plan_row(self, plan: PlanRatio) -> np.ndarray:
         total = np.zeros(self.width)
@@ -178,10 +206,8 @@ class _System:
         for weight, row in zip(plan.weights, plan.rows, strict=True):
             for name, k in zip(self.evidence.layers, row, strict=True):
                 total += weight * self._interpolated(name, k)
-                # A variant shares the plain block's corrections; what it costs more is scaled with all blocks alone.
-                total[1] += (
-                    weight * sum(self.evidence.extras[name][part].at(k) for part in extra_parts(k)) / self.sum_ms
-                )
+                for part in extra_parts(k):
+                    total[self.extras[name, part]] += weight * self.evidence.extras[name][part].weights(k)
         return total
 
     def _interpolated(self, name: str, k: int) -> np.ndarray:

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import PLAIN, Kept, Plan
 from shiva_search.records.profile import Forward, Profile, Row
 
 N, LAYERS = 512, 8
 COUNTS = (0, 1, 64, 65, 128, 192, 256, 320, 384, 448, 511, 512)
+VARIANTS = (
+    *(Kept(k, rank, "kept") for rank in (16, 32) for k in (0, 256)),
+    *(Kept(k, 0, "all") for k in (1, 128, 256, 384, 511)),
+)
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Truth:
     Attributes:
         scale, overhead_ms, fixed_ms: what the model has and blocks alone have not.
         noise: relative error of what is measured.
+        variant_scale: what a bypass or attention to all costs in a model, as a share of what it costs alone.
     """
 
     scale: float = 1.0
@@ -31,16 +36,27 @@ class Truth:
     tile: int = 1
     layers: tuple[str, ...] = ("a",) * LAYERS
     seed: int = 0
+    variant_scale: float | None = None
 
     def block_ms(self, signature: str, k: int) -> float:
-        if k == 0:
+        return self.plain_ms(signature, k) + self.variant_ms(k)
+
+    def variant_ms(self, k: int) -> float:
+        """Of a bypass, cheaper where the block reads the tokens as well, and of keys of all tokens."""
+        kept = Kept.of(k)
+        bypass_ms = (0.5 if int(k) else 1.2) + kept.rank / 200 if kept.rank else 0.0
+        return bypass_ms + (1.5 * (1 - k / N) if kept.attend == "all" else 0.0)
+
+    def plain_ms(self, signature: str, k: int) -> float:
+        if int(k) == 0:  # Kept(0, 32) is not 0
             return 0.01
         tiles = -(-k // self.tile) * self.tile
         selection_ms = 0.4 if k < N else 0.0
         return (2.0 if signature == "b" else 1.0) * (0.3 + 6 * tiles / N + 2 * (tiles / N) ** 2) + selection_ms
 
     def in_model_ms(self, signature: str, k: int) -> float:
-        return self.scale * self.block_ms(signature, k) + (self.overhead_ms if 0 < k < N else 0.0)
+        variant = (self.variant_scale or 0.0) * self.variant_ms(k)
+        return self.scale * (self.plain_ms(signature, k) + variant) + (self.overhead_ms if 0 < k < N else 0.0)
 
     def plan_ms(self, row: tuple[int, ...]) -> float:
         return self.fixed_ms + sum(self.in_model_ms(name, k) for name, k in zip(self.layers, row, strict=True))
@@ -57,15 +73,28 @@ class Truth:
 
         rows = []
         for name in dict.fromkeys(self.layers):
-            for k in COUNTS:
+            for k in (*COUNTS, *(VARIANTS if self.variant_scale is not None else ())):
                 ms, low, high = about(self.block_ms(name, k))
                 rows.append(
                     Row(
-                        name, N, k, ms, low, high, ms, low, high, 30, gflops=k / N + (k / N) ** 2, peak_memory_mib=k / 8
-                    )
+                        name,
+                        N,
+                        int(k),
+                        ms,
+                        low,
+                        high,
+                        ms,
+                        low,
+                        high,
+                        30,
+                        gflops=k / N + (k / N) ** 2,
+                        peak_memory_mib=k / 8,
+                        bypass_rank=Kept.of(k).rank,
+                        attend=Kept.of(k).attend,
+                    )  # fmt: skip
                 )
         forwards = []
-        for row in random_plans(plans, len(self.layers), seed=self.seed + 7, counts=COUNTS):
+        for row in self.plans(plans, seed=self.seed + 7, counts=COUNTS):
             ratio, low, high = about(self.plan_ms(row) / self.dense_ms())
             forwards.append(Forward(row, ratio * self.dense_ms(), ratio, low, high, 20))
         return Profile(
@@ -83,8 +112,28 @@ class Truth:
             **known,  # type: ignore[arg-type]
         )
 
+    def plans(self, count: int, seed: int, counts: tuple[int, ...] | None = None) -> list[tuple[int, ...]]:
+        """Random plans, with variants where the device has them."""
+        rows = random_plans(count, len(self.layers), seed, counts)
+        if self.variant_scale is None:
+            return rows
+        rng = np.random.default_rng(seed)
+        return [
+            tuple(
+                Kept(k, int(rng.choice([0, 16, 32])), str(rng.choice(["kept", "all"])) if k else "kept") if k < N else k
+                for k in row
+            )
+            for row in rows
+        ]
+
     def plan(self, row: tuple[int, ...]) -> Plan:
-        return Plan(N, (row,))
+        choices = [Kept.of(k) for k in row]
+        if all(choice.variant == PLAIN for choice in choices):
+            return Plan(N, (row,))
+        return Plan(
+            N, (tuple(map(int, row)),), bypass={"kind": "affine", "ranks": [[choice.rank for choice in choices]]},
+            attend=(tuple(choice.attend for choice in choices),),
+        )  # fmt: skip
 
 
 def random_plans(count: int, layers: int, seed: int, counts: tuple[int, ...] | None = None) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from shiva_search.cost import CostModel, fit_cost_model, load_cost_model
 from shiva_search.errors import InputError
 from shiva_search.records.budget import Budget
 from shiva_search.records.cost_table import load_cost_table
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.records.profile import Profile
 
 Make = Callable[..., Any]
@@ -52,6 +52,16 @@ def test_corrections_are_recovered(truth: Make) -> None:
     gap = (cost.layer_cost("latency_ms", 1, 256) or 0) - (cost.layer_cost("latency_ms", 1, 512) or 0)
     true = truth(scale=1.06, overhead_ms=0.3)
     assert gap == pytest.approx(true.in_model_ms("a", 256) - true.in_model_ms("a", 512), abs=0.1)
+
+
+def test_what_variants_cost_is_learned_from_plans(truth: Make) -> None:
+    device = truth(scale=1.05, noise=0.01, variant_scale=0.5)
+    cost = fit_cost_model(device.profile(plans=40))
+    assert cost.variants() == ("all", "rank 16", "rank 32")
+    found = errors(device, cost, device.plans(60, seed=1))
+    assert np.median(np.abs(found)) < 0.01 and abs(found.mean()) < 0.005
+    # Blocks alone make a bypass twice as dear as it is.
+    assert cost.layer_cost("latency_ms", 1, Kept(0, 32)) == pytest.approx(0.5 * 1.05 * 1.36, abs=0.25)
 
 
 def test_outliers_among_plans_do_little(truth: Make, plans_of: Make) -> None:
