@@ -1,11 +1,16 @@
 """What a cheap path for rejected tokens is worth: the best plans with and without it, at the same measured latency.
 
 For each share of the dense latency a plan is searched anew for each variant, within the budget as measured: rejected
-tokens that stand still, ranked by the warmed-up router (the paper's method), against bypasses fit in closed form and
-ranked by what they miss. Errors are on held-out images, before and after the same number of training steps. With
---attend, plans whose kept tokens may attend to all are held against plans whose may not, both with bypasses.
+tokens that stand still, ranked by the warmed-up router (the paper's method), against affine bypasses, warmed up as well
+and ranked by what they miss. Errors are on held-out images: untrained at the same plans (the best untrained scorer, and
+bypasses as the closed form gives them), as warmed up, and after the same number of steps of training at the plan. With
+--attend, plans whose kept tokens may attend to all are held against plans whose may not, both with bypasses, and the
+error of every block pruned alone is printed over the tokens it keeps.
 
-    python -m benchmarks.bypass [--shares 0.8 0.6 0.4] [--train-steps 60] [--attend 0.65 0.5] [--samples 2000]
+With --samples, images are drawn and scored for each trained row and for the dense model. What is found is kept in the
+folder --out; the same command again does only what is missing there.
+
+    python -m benchmarks.bypass --out DIR [--shares 0.8 0.6 0.4] [--train-steps 60] [--attend 0.65 0.5] [--samples 2000]
 """
 
 from __future__ import annotations
@@ -13,13 +18,15 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import shiva_search as ss
-from benchmarks.fidelity import GUIDANCE_SCALE, SAMPLER_STEPS
+from benchmarks.fidelity import GUIDANCE_SCALE
 from benchmarks.timing import print_result
 from shiva_search.cost import CostModel, fit_cost_model
 from shiva_search.devices import open_device
@@ -28,7 +35,8 @@ from shiva_search.models.reference.evaluation import sample, score_samples, velo
 from shiva_search.profiling.block_profiler import profile_model
 from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.budget import Budget
-from shiva_search.records.plan import Plan
+from shiva_search.records.files import read_json, write_json
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.selector import Selector
 from shiva_search.search.fidelity import fidelity
 from shiva_search.selection.closed_form import fit_bypasses
@@ -36,11 +44,30 @@ from shiva_search.selection.loading import load_selector
 from shiva_search.selection.training import tune
 
 IMAGES = 256
+SAMPLER_STEPS = 10
+VARIANTS = ("identity", "affine")
+UNTRAINED = ("stride", "random", "norm", "residual")
 
 
 def tell(line: str) -> None:
     """Progress goes to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+class Notes:
+    """What was found so far, by name, in a JSON file that is written after each finding."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = read_json(path, "findings") if path.is_file() else {}
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What is known by this name, found now where it is not."""
+        if name not in self.found:
+            self.found[name] = find()
+            tell(f"{name}: {self.found[name]}")
+            write_json(self.path, self.found)
+        return self.found[name]
 
 
 class Bench:
@@ -52,11 +79,12 @@ class Bench:
         seconds: of each profile.
         trials: plans judged in each search.
         seed: of everything.
+        folder: where plans are saved.
     """
 
-    def __init__(self, model: Model, device_name: str, seconds: float, trials: int, seed: int) -> None:
+    def __init__(self, model: Model, device_name: str, seconds: float, trials: int, seed: int, folder: Path) -> None:
         self.model, self.device = model, open_device(device_name)
-        self.seconds, self.trials, self.seed = seconds, trials, seed
+        self.seconds, self.trials, self.seed, self.folder = seconds, trials, seed, folder
 
     def cost(self, selector: Selector) -> CostModel:
         """A cost model from a new profile in which this selector selects."""
@@ -84,7 +112,7 @@ class Bench:
         )
         return [item.ratio for item in found]
 
-    def error(self, plan: Plan, selector: Selector) -> float:
+    def error(self, plan: Plan, selector: Selector | str) -> float:
         """On held-out images."""
         return fidelity(self.model, plan, selector, split="evaluation", samples=IMAGES, seed=self.seed)
 
@@ -92,72 +120,133 @@ class Bench:
         """A copy of the selector, tuned at the plan."""
         return tune(self.model, copy.deepcopy(selector), plan, steps=steps, seed=self.seed, progress=tell)[0]
 
-    def images(self, plan: Plan, selector: Selector, samples: int) -> dict[str, float]:
+    def images(self, plan: Plan, selector: Selector | str, samples: int) -> dict[str, float]:
         """Frechet distance and classifier agreement of generated images."""
         labels, generator = torch.arange(samples) % 10, torch.Generator().manual_seed(self.seed)
         with ss.apply_plan(self.model, plan, selector, guidance=True):
             drawn = sample(velocity_of(self.model.module), labels, SAMPLER_STEPS, GUIDANCE_SCALE, generator)
         return score_samples(drawn, labels)
 
+    def compare(self, share: float, selectors: dict[str, Selector], costs: dict[str, CostModel]) -> dict[str, Any]:
+        """Errors and measured shares of the best plan of each variant, before training at the plan."""
+        plans = {
+            name: self.plan(selectors[name], costs[name], share, "kept" if name == "identity" else "free")
+            for name in VARIANTS
+        }
+        measured = self.shares(list(plans.values()), [selectors[name] for name in VARIANTS])
+        row: dict[str, Any] = {"latency_share": share}
+        for (name, plan), found in zip(plans.items(), measured, strict=True):
+            row |= {name: self.error(plan, selectors[name]), f"{name}_share": found, f"{name}_plan": str(plan.rows)}
+            plan.save(self.folder / f"{name}-{share}.json")
+        row["identity_untrained"] = min(self.error(plans["identity"], name) for name in UNTRAINED)
+        row["affine_untrained"] = self.error(plans["affine"], selectors["closed form"])
+        return row
+
+    def attention(self, share: float, bank: Selector, cost: CostModel) -> dict[str, Any]:
+        """The best plan with and without attention to all tokens, both with bypasses."""
+        plans = {mode: self.plan(bank, cost, share, mode) for mode in ("kept", "free")}
+        measured = self.shares(list(plans.values()), [bank, bank])
+        return {
+            "latency_share": share,
+            **{mode: self.error(plan, bank) for mode, plan in plans.items()},
+            **{f"{mode}_share": value for mode, value in zip(plans, measured, strict=True)},
+            **{f"{mode}_plan": str(plan.rows) for mode, plan in plans.items()},
+        }
+
+    def curves(self, selector: Selector, attend: str) -> dict[str, list[float]]:
+        """Error of each block pruned alone to a sixteenth, an eighth, ... of the tokens and upwards, and skipped."""
+        tokens, layers = self.model.tokens, self.model.layer_count
+        shares = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+        found: dict[str, list[float]] = {}
+        for layer in range(1, layers):
+            rows = [[Kept(tokens)] * layers for _ in shares]
+            for row, share in zip(rows, shares, strict=True):
+                k = round(share * tokens)
+                row[layer] = Kept(k, max(getattr(selector, "ranks", (0,))), attend if k else "kept")
+            plans = [Plan.from_rows(self.model, [row]) for row in rows]
+            found[str(layer)] = [fidelity(self.model, plan, selector, samples=64, seed=self.seed) for plan in plans]
+        return found
+
+
+def rises(errors: list[float], tolerance: float = 0.02) -> bool:
+    """Whether an error ever grows, by more than the tolerance, as more tokens are kept."""
+    return any(later > earlier * (1 + tolerance) for earlier, later in pairwise(errors))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", nargs="*", type=float, default=[0.8, 0.6, 0.4])
     parser.add_argument("--attend", nargs="*", type=float, default=[], help="shares at which attention is compared")
-    parser.add_argument("--bypass", type=Path, help="fitted bypasses; fit now otherwise")
-    parser.add_argument("--fit-samples", type=int, default=384)
+    parser.add_argument("--fit-samples", type=int, default=384, help="calibration images of the closed form")
     parser.add_argument("--train-steps", type=int, default=60)
     parser.add_argument("--samples", type=int, default=0, help="generated images per trained row")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two profiles")
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder of what was found so far")
     options = parser.parse_args()
     model = ss.load_model()
-    bench = Bench(model, options.device, options.seconds, options.trials, options.seed)
-    bank: Selector
-    if options.bypass is not None:
-        bank = load_selector(options.bypass)
-    else:
-        bank = fit_bypasses(model, samples=options.fit_samples, seed=options.seed, progress=tell)[0]
-    with_bypass = bench.cost(bank)
-    rows: list[dict[str, Any]] = []
-    if options.shares:
-        router: Selector = ss.warm_up(model)
-        without = bench.cost(router)
+    folder: Path = options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(model, options.device, options.seconds, options.trials, options.seed, folder)
+    notes = Notes(folder / "found.json")
+    selectors: dict[str, Selector] = {"identity": ss.warm_up(model), "affine": ss.fit_bypasses(model)}
+    costs: dict[str, CostModel] = {}
+
+    def cost(name: str) -> CostModel:
+        if name not in costs:
+            costs[name] = bench.cost(selectors[name])
+        return costs[name]
+
     for share in options.shares:
-        plans = [bench.plan(router, without, share, "kept"), bench.plan(bank, with_bypass, share, "free")]
-        measured = bench.shares(plans, [router, bank])
-        row: dict[str, Any] = {
-            "latency_share": share,
-            "identity": bench.error(plans[0], router), "affine": bench.error(plans[1], bank),
-            "identity_share": measured[0], "affine_share": measured[1],
-            "identity_plan": str(plans[0].rows), "affine_plan": str(plans[1].rows),
-        }  # fmt: skip
-        if options.train_steps:
-            for name, plan, selector in (("identity", plans[0], router), ("affine", plans[1], bank)):
-                tuned = bench.trained(plan, selector, options.train_steps)
-                row[f"{name}_trained"] = bench.error(plan, tuned)
-                if options.samples:
-                    row |= {f"{name}_{key}": value for key, value in bench.images(plan, tuned, options.samples).items()}
-        rows.append(row)
-        tell(str(row))
-    attention = []
-    for share in options.attend:
-        found = {mode: bench.plan(bank, with_bypass, share, mode) for mode in ("kept", "free")}
-        measured = bench.shares(list(found.values()), [bank, bank])
-        attention.append(
-            {
-                "latency_share": share,
-                **{mode: bench.error(plan, bank) for mode, plan in found.items()},
-                **{f"{mode}_share": value for mode, value in zip(found, measured, strict=True)},
-                **{f"{mode}_plan": str(plan.rows) for mode, plan in found.items()},
-            }
+        if "closed form" not in selectors and f"compare {share}" not in notes.found:
+            selectors["closed form"] = fit_bypasses(
+                model, samples=options.fit_samples, seed=options.seed, progress=tell
+            )[0]  # fmt: skip
+        notes.once(
+            f"compare {share}",
+            lambda share=share: bench.compare(share, selectors, {name: cost(name) for name in VARIANTS}),
         )
-        tell(str(attention[-1]))
-    for row in rows:
+    for share in options.attend:
+        notes.once(
+            f"attend {share}", lambda share=share: bench.attention(share, selectors["affine"], cost("affine"))
+        )  # fmt: skip
+    curves = {
+        mode: notes.once(f"curves {mode}", lambda mode=mode: bench.curves(selectors["affine"], mode))
+        for mode in (("kept", "all") if options.attend else ())
+    }
+    for share in options.shares if options.train_steps else ():
+        for name in VARIANTS:
+            plan, path = Plan.from_file(folder / f"{name}-{share}.json"), folder / f"{name}-{share}.safetensors"
+            if not path.is_file():
+                bench.trained(plan, selectors[name], options.train_steps).save(path)
+            tuned = load_selector(path)
+            notes.once(f"trained {name} {share}", lambda plan=plan, tuned=tuned: bench.error(plan, tuned))
+    if options.samples:
+        notes.once("images dense", lambda: bench.images(Plan.dense(model), "stride", options.samples))
+        for share in options.shares:
+            for name in VARIANTS:
+                plan, tuned = Plan.from_file(folder / f"{name}-{share}.json"), folder / f"{name}-{share}.safetensors"
+                notes.once(
+                    f"images {name} {share}",
+                    lambda plan=plan, tuned=tuned: bench.images(plan, load_selector(tuned), options.samples),
+                )
+    rows = []
+    for share in options.shares:
+        row = dict(notes.found[f"compare {share}"])
+        for name in VARIANTS:
+            row[f"{name}_trained"] = notes.found.get(f"trained {name} {share}")
+            row |= {f"{name}_{key}": value for key, value in notes.found.get(f"images {name} {share}", {}).items()}
+        rows.append(row)
+    attention = [notes.found[f"attend {share}"] for share in options.attend]
+    for mode, found_curves in curves.items():
+        for layer, errors in found_curves.items():
+            shape = "rises somewhere" if rises(errors) else "falls"
+            print(f"attend {mode}, block {layer}: {' '.join(f'{error:.4f}' for error in errors)}  {shape}")
+    for row in [*rows, *attention, notes.found.get("images dense", {})]:
         print("  ".join(f"{name} {value:.4f}" for name, value in row.items() if isinstance(value, float)))
-    print_result({"rows": rows, "attend": attention, "train_steps": options.train_steps})
+    print_result({"rows": rows, "attend": attention, "curves": curves, "train_steps": options.train_steps})
 
 
 if __name__ == "__main__":

@@ -51,35 +51,50 @@ class AffineBypass(nn.Module):
         self.out = nn.Parameter(torch.zeros(segments, rank, width))
         self.mean = nn.Parameter(torch.zeros(segments, width))
 
-    def read(self, x_BND: torch.Tensor, condition_BC: torch.Tensor, row: int = 0) -> torch.Tensor:
-        """What the bypass needs to know of all tokens, [B, N, R + V]: hidden values, then scores.
+    def read(
+        self, x_BND: torch.Tensor, condition_BC: torch.Tensor, row: int = 0, rank: int | None = None
+    ) -> torch.Tensor:
+        """What the bypass needs to know of all tokens: hidden values, then scores.
 
         Args:
             x_BND: tokens as they enter the layer, any floating dtype.
             condition_BC: the backbone's own embedding of timestep and condition.
             row: the plan's timestep segment.
+            rank: read for this one alone, which is cheaper; 0: rejected tokens stand still.
+
+        Returns:
+            [B, N, R + V]; for one rank [B, N, r + 1], the last value its score.
         """
         row = row if self.segments > 1 else 0
         width, dtype = x_BND.shape[-1], x_BND.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        normed_QD = self.over_normed[row]
+        normed_QD, tokens_QD, taken = self.over_normed[row], self.over_tokens[row], self.rank
+        if rank is not None:
+            taken = min(rank, self.rank)
+            score = self.rank + self._place(rank)
+            normed_QD = torch.cat([normed_QD[:taken], normed_QD[score, None]])
+            tokens_QD = torch.cat([tokens_QD[:taken], tokens_QD[score, None]])
         normed_QD = normed_QD - normed_QD.mean(1, keepdim=True)
         ones_1D = normed_QD.new_full((1, width), 1.0 / width)
-        weights = torch.cat([normed_QD, self.over_tokens[row], ones_1D]).to(dtype)
-        read_BNQ = F.linear(x_BND, weights).to(wide)
+        read_BNQ = F.linear(x_BND, torch.cat([normed_QD, tokens_QD, ones_1D]).to(dtype)).to(wide)
         rows = len(normed_QD)
         mean_BN1 = read_BNQ[..., -1:]
         square_BN1 = torch.linalg.vector_norm(x_BND, dim=-1, keepdim=True, dtype=wide).square() / width
         scale_BN1 = torch.rsqrt((square_BN1 - mean_BN1.square()).clamp_min(0.0) + _EPS)
         hidden_BNQ = torch.addcmul(read_BNQ[..., rows : 2 * rows], read_BNQ[..., :rows], scale_BN1)
-        if not self.rank:
+        if not taken:
             return hidden_BNQ
         normed_BC = F.layer_norm(condition_BC.to(wide), condition_BC.shape[-1:])
-        shift_BR = F.linear(normed_BC, self.over_condition[row].to(wide), self.hidden[row].to(wide))
-        return hidden_BNQ + F.pad(shift_BR, (0, len(self.ranks)))[:, None]
+        shift_BR = F.linear(normed_BC, self.over_condition[row, :taken].to(wide), self.hidden[row, :taken].to(wide))
+        return hidden_BNQ + F.pad(shift_BR, (0, rows - taken))[:, None]
 
     def scores(self, hidden_BNQ: torch.Tensor, rank: int) -> torch.Tensor:
-        """How much each token would miss with this rank [B, N], as a log: comparable between tokens of a sample."""
+        """How much each token would miss with this rank [B, N], as a log: comparable between tokens of a sample.
+
+        Args:
+            hidden_BNQ: read for all ranks.
+            rank: one of them.
+        """
         return hidden_BNQ[..., self.rank + self._place(rank)]
 
     def move(self, x_BND: torch.Tensor, hidden_BNR: torch.Tensor, rank: int, row: int = 0) -> torch.Tensor:
@@ -87,7 +102,7 @@ class AffineBypass(nn.Module):
 
         Args:
             x_BND: tokens.
-            hidden_BNR: as `read` gives them.
+            hidden_BNR: as `read` gives them, for all ranks or for this one.
             rank: hidden values to use.
             row: the plan's timestep segment.
         """
@@ -154,7 +169,7 @@ class BypassBank(Selector):
     def forward(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
         """Scores [B, N] where rejected tokens stand still: the TokenScorer protocol."""
         bypass: AffineBypass = self.layers[layer - 1]  # type: ignore[assignment]
-        return bypass.scores(bypass.read(x_BND.detach(), condition_BC), 0)
+        return bypass.read(x_BND.detach(), condition_BC, rank=0)[..., -1]
 
 
 class Accompanied:

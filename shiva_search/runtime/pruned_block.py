@@ -100,7 +100,7 @@ class Controller:
             rank: of the layer's bypass.
             x_BND: tokens.
             condition_BC: the backbone's embedding of timestep and condition.
-            hidden_BNQ: what the layer's bypass read of the tokens; needed where it ranks them.
+            hidden_BNQ: what the layer's bypass read of the tokens for this rank; needed where it ranks them.
         """
         assert self.t_B is not None
         if self.t_B.device != x_BND.device:  # an offloading hook moved the tokens after the forward began
@@ -109,9 +109,9 @@ class Controller:
         if self.ranks_by_bypass:
             bypass = self.bypasses[layer]
             if torch.is_grad_enabled():  # a ranking learns from what it did, not from how the tokens came about
-                hidden_BNQ = bypass.read(x_BND.detach(), condition_BC.detach(), self.row)
+                hidden_BNQ = bypass.read(x_BND.detach(), condition_BC.detach(), self.row, rank)
             assert hidden_BNQ is not None
-            scores_BN = bypass.scores(hidden_BNQ, rank)
+            scores_BN = hidden_BNQ[..., -1]
         elif getattr(self.scorer, "uses_history", False):
             history = self.history or _no_history(x_BND)
             scores_BN = self.scorer(x_BND, self.t_B, condition_BC, layer, history=history)  # type: ignore[call-arg]
@@ -232,7 +232,7 @@ class PrunedBlock(StandIn):
         hidden_BNQ, rejected_BND = None, x_BND
         if rank or controller.ranks_by_bypass:
             bypass = controller.bypasses[index]
-            hidden_BNQ = bypass.read(x_BND, condition_BC, controller.row)
+            hidden_BNQ = bypass.read(x_BND, condition_BC, controller.row, rank)
             if rank:
                 rejected_BND = bypass.move(x_BND, hidden_BNQ, rank, controller.row)
         if not k:

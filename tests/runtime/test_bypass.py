@@ -62,6 +62,18 @@ def test_tokens_move_as_written_out(bank: BypassBank, rank: int) -> None:
             assert moved[b, n] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 2, 5])
+def test_reading_for_one_rank_gives_what_it_is_of_all(bank: BypassBank, rank: int) -> None:
+    bypass, (width, condition_width) = bank.bypasses[1], bank.widths
+    x_BND, condition_BC = torch.randn(2, 7, width), torch.randn(2, condition_width)
+    whole, alone = bypass.read(x_BND, condition_BC), bypass.read(x_BND, condition_BC, rank=rank)
+    assert alone.shape == (2, 7, rank + 1)
+    assert torch.allclose(alone[..., :rank], whole[..., :rank], atol=1e-5)
+    assert torch.allclose(alone[..., -1], bypass.scores(whole, rank), atol=1e-5)
+    with pytest.raises(InputError, match="ranks 0, 2, 5"):
+        bypass.read(x_BND, condition_BC, rank=3)
+
+
 def test_a_bypass_is_close_in_bfloat16(bank: BypassBank) -> None:
     bypass = bank.bypasses[1]
     width, condition_width = bank.widths
