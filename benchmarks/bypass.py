@@ -37,6 +37,7 @@ from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.budget import Budget
 from shiva_search.records.files import read_json, write_json
 from shiva_search.records.plan import Kept, Plan
+from shiva_search.records.profile import load_profile
 from shiva_search.runtime.selector import Selector
 from shiva_search.search.fidelity import fidelity
 from shiva_search.selection.closed_form import fit_bypasses
@@ -86,10 +87,12 @@ class Bench:
         self.model, self.device = model, open_device(device_name)
         self.seconds, self.trials, self.seed, self.folder = seconds, trials, seed, folder
 
-    def cost(self, selector: Selector) -> CostModel:
-        """A cost model from a new profile in which this selector selects."""
-        found = profile_model(self.model, self.device, seconds=self.seconds, seed=self.seed, scorer=selector)
-        return fit_cost_model(found)
+    def cost(self, name: str, selector: Selector) -> CostModel:
+        """A cost model from a profile in which this selector selects."""
+        kept = self.folder / f"profile-{name}"
+        if not kept.is_dir():
+            profile_model(self.model, self.device, seconds=self.seconds, seed=self.seed, scorer=selector).save(kept)
+        return fit_cost_model(load_profile(kept))
 
     def plan(self, selector: Selector, cost: CostModel, share: float, attend: str) -> Plan:
         """The best plan that holds the share of the dense latency as measured."""
@@ -196,7 +199,7 @@ def main() -> None:
 
     def cost(name: str) -> CostModel:
         if name not in costs:
-            costs[name] = bench.cost(selectors[name])
+            costs[name] = bench.cost(name, selectors[name])
         return costs[name]
 
     for share in options.shares:
