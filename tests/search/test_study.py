@@ -18,9 +18,9 @@ from shiva_search.errors import InfeasibleBudgetError, InputError, UnavailableEr
 from shiva_search.records.budget import Budget
 from shiva_search.records.plan import Plan
 from shiva_search.search import check_budget, fidelity, join_study, search
+from shiva_search.search.identity import scorer_identity
 from shiva_search.search.pareto import non_dominated
-from shiva_search.search.run_search import scorer_identity
-from shiva_search.search.study import open_storage
+from shiva_search.search.storages import open_storage
 
 BUDGET = Budget(shares={"latency_ms": 0.6})
 SMALL = {"samples": 8, "chunk": 4}
