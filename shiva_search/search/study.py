@@ -5,7 +5,6 @@ Two objectives (error, latency), the limits as constraints, one integer paramete
 
 from __future__ import annotations
 
-import base64
 import os
 import socket
 import time
@@ -18,12 +17,13 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from shiva_search.search.candidates import Ints, Space
+from shiva_search.search.candidates import Ints, Space, pick
+from shiva_search.search.early_stop import LIKE
 from shiva_search.search.fidelity import FidelityEvaluator, Judged
 from shiva_search.search.moves import repair
 from shiva_search.search.samplers import make_sampler
 from shiva_search.search.sensitivity import Effects
-from shiva_search.search.sketches import encode
+from shiva_search.search.sketches import encode, parts_as_text, parts_from_text
 from shiva_search.search.storages import RETRIES, quiet
 from shiva_search.search.surrogate import Surrogate
 from shiva_search.search.trade_sampler import distributions, from_params, parameter_name, to_params
@@ -209,7 +209,7 @@ class PlanStudy:
                 if moved is not None:
                     self.enqueue(moved, "repaired")
                 raise optuna.TrialPruned
-        judged = self.evaluator.judge(self.space.rows(plan_P), self._rival(plan_P))
+        judged = self.evaluator.judge(self.space.rows(plan_P), *self._known(plan_P))
         for name, item in self._attributes(judged, started).items():
             trial.set_user_attr(name, item)
         values = self._values(plan_P, judged)
@@ -227,27 +227,31 @@ class PlanStudy:
             "complete": judged.complete,
             "samples": judged.samples,
             "sketch": encode(judged.sketch),
-            "parts": base64.b64encode(judged.parts.astype("<f4").tobytes()).decode("ascii"),
+            "parts": parts_as_text(judged.parts),
             "forwards": self.evaluator.forwards,
             "seconds": time.monotonic() - started,
         }
 
-    def _rival(self, plan_P: Ints) -> Judged | None:
-        """The best completely judged plan that costs about as much or less: one clearly worse than it is hopeless."""
+    def _known(self, plan_P: Ints) -> tuple[Judged | None, list[Judged]]:
+        """What a plan is held against while it is judged.
+
+        Returns:
+            The best completely judged plan that costs about as much or less, since one clearly worse than it is
+            hopeless, and the completely judged plans that are most like this one, which tell how hard samples are.
+        """
         metric = "latency_ms" if "latency_ms" in self.space.tables else "mean_keep"
-        known = [r for r in self.records() if r.complete and "parts" in r.attributes]
+        known = [r for r in self.records() if r.complete and r.error > 0 and "parts" in r.attributes]
         if not known:
-            return None
-        costs = self.space.total(metric, np.array([r.plan_P for r in known]))
-        allowed = float(self.space.total(metric, plan_P[None])[0]) * _AS_CHEAP
-        cheap = [r for r, value in zip(known, costs, strict=True) if value <= allowed]
+            return None, []
+        plans_nP = np.array([r.plan_P for r in known])
+        affordable = self.space.total(metric, plans_nP) <= self.space.total(metric, plan_P[None])[0] * _AS_CHEAP
+        cheap = [r for r, ok in zip(known, affordable, strict=True) if ok]
         if not cheap:
-            return None
-        rival = min(cheap, key=lambda r: r.error)
-        parts = np.frombuffer(base64.b64decode(rival.attributes["parts"]), dtype="<f4").astype(np.float64)
-        if len(parts) != self.evaluator.samples or rival.error <= 0:
-            return None
-        return Judged(rival.error, len(parts), True, parts, np.zeros(0))
+            return None, []
+        kept_PC = self.space.kept.astype(float)
+        distance_n = np.abs(pick(kept_PC, plans_nP) - pick(kept_PC, plan_P)).sum(1)
+        nearest = [known[i] for i in np.argsort(distance_n, kind="stable")[:LIKE]]
+        return _judged(min(cheap, key=lambda r: r.error)), [_judged(r) for r in nearest]
 
     def _take_up_again(self) -> None:
         """Give trials back that died with their process, or failed: each is enqueued again, with its parameters.
@@ -278,6 +282,12 @@ class PlanStudy:
             self.say(f"plan {known} of {trials}: error {best.error:.4f} within the budget ({best.origin})")
         elif known % 25 == 0:
             self.say(f"plan {known} of {trials}: best error {self._best:.4f}")
+
+
+def _judged(record: Record) -> Judged:
+    """What is known of a plan that was judged in full."""
+    parts = parts_from_text(record.attributes["parts"])
+    return Judged(record.error, len(parts), True, parts, np.zeros(0))
 
 
 def _alive(pid: int) -> bool:

@@ -177,7 +177,7 @@ def test_a_trial_that_fails_is_tried_again(model, cost, tmp_path) -> None:
 
         def __call__(self, x_BND, t_B, condition_BC, layer):
             Fragile.calls += 1
-            if Fragile.calls == 40:
+            if Fragile.calls == 30:
                 raise RuntimeError("out of memory")
             return x_BND.norm(dim=-1)
 
@@ -198,7 +198,7 @@ def test_an_interrupted_search_keeps_its_progress(model, cost, tmp_path) -> None
 
         def __call__(self, x_BND, t_B, condition_BC, layer):
             Impatient.calls += 1
-            if Impatient.calls == 40:
+            if Impatient.calls == 30:
                 raise KeyboardInterrupt
             return x_BND.norm(dim=-1)
 
