@@ -22,8 +22,8 @@ from shiva_search.records.budget import Budget
 from shiva_search.search.candidates import build_space
 from shiva_search.search.fidelity import FidelityEvaluator
 from shiva_search.search.knapsack import solve
-from shiva_search.search.run_search import enqueue_start, evaluator_for
 from shiva_search.search.sensitivity import measure_effects
+from shiva_search.search.starting import enqueue_start, evaluator_for
 from shiva_search.search.study import PlanStudy
 from shiva_search.selection.loading import load_selector
 

@@ -28,9 +28,10 @@ from shiva_search.records.plan import Plan
 from shiva_search.search.candidates import PlanCost, Space, build_space
 from shiva_search.search.fidelity import FidelityEvaluator
 from shiva_search.search.knapsack import solve
-from shiva_search.search.run_search import enqueue_start, evaluator_for
+from shiva_search.search.samplers import make_sampler
 from shiva_search.search.sensitivity import measure_effects
-from shiva_search.search.study import PlanStudy, make_sampler
+from shiva_search.search.starting import enqueue_start, evaluator_for
+from shiva_search.search.study import PlanStudy
 from shiva_search.search.trade_sampler import distributions, from_params
 
 Curve = list[tuple[float, float]]

@@ -27,7 +27,7 @@ _MARGIN, _TIGHTER = 0.002, 0.005
 
 
 class Chooser(Protocol):
-    """Picks plans under changed costs (run_search.Pool)."""
+    """Picks plans under changed costs (pool.Pool)."""
 
     def choose(self, space: Space, without: frozenset[bytes]) -> tuple[Ints, float] | None:
         """The best known plan that holds the space's limits and cannot be topped up, and its error."""

@@ -13,22 +13,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Batch, Model
 from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.apply import AppliedPlan
-from shiva_search.runtime.pruned_block import Controller, Resume
+from shiva_search.runtime.pruned_block import Controller
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 from shiva_search.search.candidates import Floats, Rows
+from shiva_search.search.early_stop import expected, is_worse
+from shiva_search.search.prefixes import Prefixes, Row, room_mib
+from shiva_search.search.sketches import count_sketch
 
-Row = tuple[int, ...]
 #: (layer, tokens kept) -> predicted cost of running that block; any unit.
 LayerCost = Callable[[int, int], float]
 
@@ -40,7 +40,7 @@ class Judged:
     """What is known of a plan's quality.
 
     Attributes:
-        error: NMSE over the samples seen; comparable with another plan's error on the same samples.
+        error: NMSE over the batch; an estimate where `complete` is false.
         samples: samples seen.
         complete: whether that is the whole batch.
         parts: squared error of each sample over the batch's mean dense energy, so that their mean is `error`.
@@ -76,7 +76,7 @@ class FidelityEvaluator:
         segments: timestep segments as intervals of [0, 1]; a row of tokens kept for each.
         probe: chunks per segment that are always run, and that sketches are made of.
         layer_cost: counts work by predicted cost, `fixed_cost` being the part outside of blocks; None: by tokens.
-        memory_mib: room for the states of shared prefixes.
+        memory_mib: room for the states of shared prefixes; None: a gibibyte, or a quarter of what the GPU has free.
         autocast: compute in this type (torch.bfloat16) where the ranking of plans does not change; None: as it is.
         weight: (t_b) -> weight of each sample's error, for example what the sampler does with it; None: all alike.
         sketch: entries of the sketch.
@@ -93,7 +93,7 @@ class FidelityEvaluator:
         probe: int = 1,
         layer_cost: LayerCost | None = None,
         fixed_cost: float = 0.0,
-        memory_mib: float = 384.0,
+        memory_mib: float | None = None,
         autocast: torch.dtype | None = None,
         weight: Callable[[torch.Tensor], torch.Tensor] | None = None,
         sketch: int = SKETCH,
@@ -106,7 +106,7 @@ class FidelityEvaluator:
         self._cost = layer_cost or (lambda layer, k: k / model.tokens)
         self._fixed = fixed_cost
         self._dense_row: Row = (model.tokens,) * model.layer_count
-        self._prefixes = _Prefixes(memory_mib)
+        self._prefixes = Prefixes(room_mib(batch.t_B.device) if memory_mib is None else memory_mib)
         self._known: OrderedDict[tuple[int, Row], tuple[torch.Tensor, Floats | None]] = OrderedDict()
         self._work = 0.0
         self._plan = Plan.from_rows(model, [self._dense_row])
@@ -132,36 +132,39 @@ class FidelityEvaluator:
         """
         return self.judge(self._rows(plan)).error
 
-    def judge(self, rows: Rows, rival: Judged | None = None, doubt: float = 0.02) -> Judged:
+    def judge(
+        self, rows: Rows, rival: Judged | None = None, like: Sequence[Judged] = (), doubt: float = 0.02
+    ) -> Judged:
         """Judge a plan; stop early where it is clearly worse than `rival`.
 
         Args:
             rows: a row of tokens kept per segment.
             rival: a completely judged plan; None never stops.
-            doubt: chance, by a paired t test over the samples seen, of stopping a plan that is as good as the rival.
+            like: completely judged plans that tell what the samples left have in store, the most alike first; none:
+                the rival alone.
+            doubt: chance, each time the samples seen are looked at, of stopping a plan that is as good as the rival.
         """
         parts: list[Floats] = []
         sketch = np.zeros(self.sketch_size)
+        estimate: float | None = None
+        known_KN = np.array([other.parts for other in like or ([] if rival is None else [rival])])
         with torch.no_grad(), self._applied() as controller:
             for index, chunk in enumerate(self._chunks):
                 squared_b, part = self._run(controller, index, rows[chunk.segment])
                 parts.append(squared_b.double().numpy() * len(self.batch) / self.energy)
                 if part is not None:
                     sketch += part
-                seen = sum(map(len, parts))
-                if rival is None or index + 1 < self._probe_chunks or seen == len(self.batch):
+                seen_m = np.concatenate(parts)
+                if rival is None or index + 1 < self._probe_chunks or len(seen_m) == len(self.batch):
                     continue
-                worse = np.concatenate(parts) - rival.parts[:seen]
-                spread = float(worse.std(ddof=1)) / seen**0.5 if seen > 1 else np.inf
-                if float(worse.mean()) > max(_quantile(doubt, seen - 1) * spread, 0.02 * rival.error):
+                error, deviation, freedom = expected(seen_m, known_KN)
+                if is_worse(error, deviation, freedom, rival.error, doubt):
+                    estimate = error
                     break
-        seen_parts = np.concatenate(parts)
-        error, complete = float(seen_parts.mean()), len(seen_parts) == len(self.batch)
-        if not complete and rival is not None:
-            # What is left is as hard for both: the ratio on what was seen carries over.
-            error = rival.error * error / max(float(rival.parts[: len(seen_parts)].mean()), 1e-12)
+        seen_m = np.concatenate(parts)
+        error = float(seen_m.mean()) if estimate is None else estimate
         scale = (len(self.batch) / (self._probe_samples * self.energy)) ** 0.5
-        return Judged(error, len(seen_parts), complete, seen_parts, sketch * scale)
+        return Judged(error, len(seen_m), estimate is None, seen_m, sketch * scale)
 
     def probe_row(self, segment: int, rows: Sequence[Row]) -> tuple[Floats, Floats]:
         """Error and sketch of rows in one segment, on the probe chunks alone, in units of the whole batch's NMSE.
@@ -252,7 +255,7 @@ class FidelityEvaluator:
         start = self._prefixes.longest(index, row)
         controller.rows, controller.resume = (row,), start
         first = 0 if start is None else start.layer + 1
-        controller.record = frozenset(range(first, min(len(row) - 1, first + self._prefixes.capacity)))
+        controller.record = self._prefixes.worth_keeping(row, first)
         controller.recorded = {}
         output = self._forward(chunk.batch)
         self._work += len(chunk.batch) * (self._fixed + sum(self._cost(i, row[i]) for i in range(first, len(row))))
@@ -265,76 +268,11 @@ class FidelityEvaluator:
         squared_b = difference.square().sum(1).cpu()
         part = None
         if index < self._probe_chunks:
-            part = _sketch(difference.flatten(), self.sketch_size, index)
+            part = count_sketch(difference.flatten(), self.sketch_size, index)
         self._known[key] = squared_b, part
         if len(self._known) > 4096:
             self._known.popitem(last=False)
         return self._known[key]
-
-
-class _Prefixes:
-    """States after a layer, by chunk and the tokens kept up to there; the least recently used leave first."""
-
-    def __init__(self, memory_mib: float) -> None:
-        self._room = int(memory_mib * 2**20)
-        self._held = 0
-        self._largest = 0
-        self._states: OrderedDict[tuple[int, Row], tuple[Resume, int]] = OrderedDict()
-
-    @property
-    def capacity(self) -> int:
-        """States that fit at all: no more than this many are worth keeping from one forward."""
-        return self._room // max(self._largest, 1)
-
-    def longest(self, chunk: int, row: Row) -> Resume | None:
-        for length in range(len(row) - 1, 0, -1):
-            key = (chunk, row[:length])
-            if key in self._states:
-                for shorter in range(length, 0, -1):  # what this one grew from is in use as well
-                    if (chunk, row[:shorter]) in self._states:
-                        self._states.move_to_end((chunk, row[:shorter]))
-                return self._states[key][0]
-        return None
-
-    def put(self, chunk: int, row: Row, state: Resume) -> None:
-        key = (chunk, row[: state.layer + 1])
-        size = _bytes(state)
-        self._largest = max(self._largest, size)
-        if key in self._states or size > self._room:
-            return
-        self._states[key] = (state, size)
-        self._held += size
-        while self._held > self._room:
-            _, (_, freed) = self._states.popitem(last=False)
-            self._held -= freed
-
-
-def _bytes(state: Resume) -> int:
-    outputs = state.output if isinstance(state.output, tuple) else (state.output,)
-    tensors = [item for item in outputs if isinstance(item, torch.Tensor)]
-    if state.history is not None:
-        tensors += [state.history.age_BN, state.history.update_size_BN]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-@lru_cache(maxsize=256)
-def _quantile(doubt: float, freedom: int) -> float:
-    return float(stats.t.isf(doubt, freedom)) if freedom > 0 else np.inf
-
-
-@lru_cache(maxsize=32)
-def _hashes(length: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    slots = torch.randint(0, size, (length,), generator=generator)
-    signs = torch.randint(0, 2, (length,), generator=generator, dtype=torch.int8) * 2 - 1
-    return slots, signs
-
-
-def _sketch(difference: torch.Tensor, size: int, seed: int) -> Floats:
-    """Count sketch (Charikar et al. 2002): inner products of two sketches estimate those of the vectors."""
-    slots, signs = _hashes(len(difference), size, seed)
-    flat = difference.detach().cpu().float() * signs
-    return torch.zeros(size).index_add_(0, slots, flat).double().numpy()
 
 
 def fidelity(

@@ -6,8 +6,10 @@ Legend: M plans, P positions, C choices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shiva_search.search.candidates import Floats, Ints, Space, pick
 
@@ -76,7 +78,14 @@ def fill(space: Space, plan_P: Ints, predict: Predict, steps: int = 32) -> Ints:
     return plan_P
 
 
-def trades(space: Space, plan_P: Ints, change_MS: Floats, options_MP: Ints, base_S: Floats, most: int) -> Ints:
+def trades(
+    space: Space,
+    plan_P: Ints,
+    change_MS: NDArray[np.floating[Any]],
+    options_MP: Ints,
+    base_S: NDArray[np.floating[Any]],
+    most: int,
+) -> Ints:
     """Pairs of single changes, one paying for the other, with the least first-order error that hold the limits.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from shiva_search.records.cost import CostEstimate
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
-from shiva_search.search.candidates import Floats
+from shiva_search.search.candidates import Floats, Ints, PlanCost
+from shiva_search.search.study import PlanStudy
 
 #: What pareto.csv has of a measurement, empty for plans that were not measured.
 _MEASURED = ("latency_ms", "latency_ms_low", "latency_ms_high", "ratio", "energy_j", "power_w", "peak_memory_mib")
@@ -71,3 +72,69 @@ def choice_columns(plan: Plan) -> dict[str, list[list[Any]]]:
         "bypass_ranks": [[choice.rank for choice in row] for row in plan.rows],
         "attend": [list(row) for row in plan.attend],
     }
+
+
+def trial_rows(plans: PlanStudy, cost: PlanCost, plan_of: Callable[[Ints], Plan]) -> list[dict[str, Any]]:
+    """Rows of trials.csv: every judged plan, feasible or not.
+
+    Args:
+        plans: the study.
+        cost: predicts.
+        plan_of: choice indices -> the plan.
+    """
+    rows = []
+    limits = plans.space.limits
+    for record in plans.records():
+        plan = plan_of(record.plan_P)
+        predicted = cost.predict(plan)
+        rows.append(
+            {
+                "trial": record.number,
+                "origin": record.origin,
+                "state": "complete" if record.complete else "stopped early",
+                **choice_columns(plan),
+                "mean_keep": plan.mean_keep,
+                "error": record.error,
+                "feasible": bool(plans.space.feasible(record.plan_P[None])[0]),
+                **cost_columns(predicted, cost.dense),
+                **constraint_columns(predicted, plan.mean_keep, limits),
+                "seconds": record.attributes.get("seconds"),
+                "samples": record.attributes.get("samples"),
+                "forwards": record.attributes.get("forwards"),
+            }
+        )
+    return rows
+
+
+def front_rows(
+    plans: PlanStudy,
+    cost: PlanCost,
+    plan_of: Callable[[Ints], Plan],
+    chosen_P: Ints,
+    measured: Mapping[bytes, Measurement],
+) -> list[dict[str, Any]]:
+    """Rows of pareto.csv: the non-dominated among the plans judged in full, and the chosen one.
+
+    Args:
+        plans: the study.
+        cost: predicts.
+        plan_of: choice indices -> the plan.
+        chosen_P: what the search returns.
+        measured: by plan, its measurement.
+    """
+    records = [r for r in plans.records() if r.complete]
+    metric = "latency_ms" if "latency_ms" in plans.space.tables else "mean_keep"
+    made = [plan_of(r.plan_P) for r in records]
+    predicted = [cost.predict(plan) for plan in made]
+    costs = [
+        p.latency_ms if metric == "latency_ms" else plan.mean_keep for p, plan in zip(predicted, made, strict=True)
+    ]
+    front = set(non_dominated([r.error for r in records], [float(c or 0.0) for c in costs]))
+    # The chosen plan is shown even where a correction of the costs has put another one just ahead of it.
+    front |= {i for i, r in enumerate(records) if np.array_equal(r.plan_P, chosen_P)}
+    rows = []
+    for i in sorted(front, key=lambda i: float(costs[i] or 0.0)):
+        key = records[i].plan_P.tobytes()
+        row = pareto_row(made[i], records[i].number, records[i].error, predicted[i], cost.dense, measured.get(key))
+        rows.append({**row, "chosen": np.array_equal(records[i].plan_P, chosen_P)})
+    return rows

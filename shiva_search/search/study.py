@@ -1,42 +1,33 @@
 """The search as an Optuna study. In: a space, effects, an evaluator, any Optuna storage. Out: judged plans.
 
-Two objectives (error, latency), the limits as constraints, one integer parameter per position. Everything another
-process needs to take part, the space first of all, is kept in the study, so that all workers agree on what is feasible.
+Two objectives (error, latency), the limits as constraints, one integer parameter per position.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import socket
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from shiva_search.errors import InputError, UnavailableError
-from shiva_search.search.candidates import Floats, Ints, Space
+from shiva_search.search.candidates import Ints, Space, pick
+from shiva_search.search.early_stop import LIKE
 from shiva_search.search.fidelity import FidelityEvaluator, Judged
 from shiva_search.search.moves import repair
+from shiva_search.search.samplers import make_sampler
 from shiva_search.search.sensitivity import Effects
-from shiva_search.search.sketches import decode, encode
+from shiva_search.search.sketches import encode, parts_as_text, parts_from_text
+from shiva_search.search.storages import RETRIES, quiet
 from shiva_search.search.surrogate import Surrogate
-from shiva_search.search.trade_sampler import TradeSampler, distributions, from_params, parameter_name, to_params
+from shiva_search.search.trade_sampler import distributions, from_params, parameter_name, to_params
 
-SAMPLERS = ("trade", "tpe", "nsga2", "nsga3", "gp", "cmaes", "random")
-#: Heartbeats of workers on a database, seconds; a trial that misses them is given to another worker.
-HEARTBEAT_S, GRACE_S = 15, 60
-_RETRIES = 3
 #: A plan is dropped early only against one that costs no more than this share above it.
 _AS_CHEAP = 1.02
 
@@ -62,95 +53,11 @@ class Record:
     attributes: Mapping[str, Any]
 
 
-def open_storage(storage: str | BaseStorage | None) -> BaseStorage | None:
-    """Any Optuna storage; None stays in memory.
-
-    Args:
-        storage: a storage object, a database URL (sqlite:///, postgresql://, mysql://; with heartbeats), redis://, or
-            a journal file as a path or journal:PATH.
-
-    Raises:
-        InputError, UnavailableError: cannot be opened.
-    """
-    if storage is None or isinstance(storage, BaseStorage):
-        return storage
-    scheme = storage.split("://", 1)[0] if "://" in storage else ""
-    try:
-        if scheme == "redis":
-            return JournalStorage(JournalRedisBackend(storage))
-        if scheme:
-            with _quiet():
-                return _database(_with_driver(storage))
-        path = storage.removeprefix("journal:")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        return JournalStorage(JournalFileBackend(path))
-    except ImportError as error:
-        raise UnavailableError(f"storage {scheme}:// needs a driver that is not installed: {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot open storage {storage!r}: {error.strerror or error}; check the path") from error
-    except Exception as error:  # every database driver has its own family of errors
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnavailableError(f"cannot open storage {storage!r}: {first}; check that the database is up") from error
-
-
-def _database(url: str) -> RDBStorage:
-    """A database with heartbeats. Of several processes that open an empty one at once, one gets to make the tables."""
-    for wait_s in (0.2, 1.0, 0.0):
-        try:
-            return RDBStorage(
-                url,
-                heartbeat_interval=HEARTBEAT_S,
-                grace_period=GRACE_S,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES),
-            )
-        except (IntegrityError, ProgrammingError):  # made by another between our look and our attempt
-            if not wait_s:
-                raise
-            time.sleep(wait_s)
-    raise AssertionError
-
-
-def _with_driver(url: str) -> str:
-    """Name PostgreSQL's driver, the one our extra installs: which one SQLAlchemy takes depends on its release."""
-    scheme, separator, rest = url.partition("://")
-    return f"postgresql+psycopg2{separator}{rest}" if scheme in ("postgresql", "postgres") else url
-
-
-def make_sampler(name: str, space: Space, effects: Effects, seed: int) -> optuna.samplers.BaseSampler:
-    """A sampler by name, seeded.
-
-    Raises:
-        InputError: unknown name.
-        UnavailableError: its library is not installed.
-    """
-    samplers = optuna.samplers
-    if name == "trade":
-        return TradeSampler(space, effects, seed)
-    with _quiet():
-        if name == "tpe":
-            return samplers.TPESampler(seed=seed)
-        if name == "nsga2":
-            return samplers.NSGAIISampler(seed=seed)
-        if name == "nsga3":
-            return samplers.NSGAIIISampler(seed=seed)
-        if name == "gp":
-            return samplers.GPSampler(seed=seed)
-        if name == "random":
-            return samplers.RandomSampler(seed=seed)
-        if name == "cmaes":
-            try:
-                import cmaes  # noqa: F401  # Optuna's sampler imports it only at the first proposal
-            except ImportError:
-                raise UnavailableError("--sampler cmaes needs a library: pip install cmaes") from None
-            return samplers.CmaEsSampler(seed=seed)
-    raise InputError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
-
-
 class PlanStudy:
     """A study whose trials are plans, with what is needed to judge them here.
 
     Args:
-        study: from `create` or `load`.
+        study: from shared_problem.create.
         space: choices, costs, limits.
         effects: first-order effects.
         evaluator: judges plans in this process.
@@ -254,7 +161,7 @@ class PlanStudy:
             if enough or exhausted or stuck or self.evaluator.forwards >= forwards:
                 study.stop()
 
-        with _quiet():
+        with quiet():
             while True:
                 try:
                     return self.study.optimize(self._attempt, callbacks=[stop], n_trials=None)
@@ -302,7 +209,7 @@ class PlanStudy:
                 if moved is not None:
                     self.enqueue(moved, "repaired")
                 raise optuna.TrialPruned
-        judged = self.evaluator.judge(self.space.rows(plan_P), self._rival(plan_P))
+        judged = self.evaluator.judge(self.space.rows(plan_P), *self._known(plan_P))
         for name, item in self._attributes(judged, started).items():
             trial.set_user_attr(name, item)
         values = self._values(plan_P, judged)
@@ -320,27 +227,31 @@ class PlanStudy:
             "complete": judged.complete,
             "samples": judged.samples,
             "sketch": encode(judged.sketch),
-            "parts": base64.b64encode(judged.parts.astype("<f4").tobytes()).decode("ascii"),
+            "parts": parts_as_text(judged.parts),
             "forwards": self.evaluator.forwards,
             "seconds": time.monotonic() - started,
         }
 
-    def _rival(self, plan_P: Ints) -> Judged | None:
-        """The best completely judged plan that costs about as much or less: one clearly worse than it is hopeless."""
+    def _known(self, plan_P: Ints) -> tuple[Judged | None, list[Judged]]:
+        """What a plan is held against while it is judged.
+
+        Returns:
+            The best completely judged plan that costs about as much or less, since one clearly worse than it is
+            hopeless, and the completely judged plans that are most like this one, which tell how hard samples are.
+        """
         metric = "latency_ms" if "latency_ms" in self.space.tables else "mean_keep"
-        known = [r for r in self.records() if r.complete and "parts" in r.attributes]
+        known = [r for r in self.records() if r.complete and r.error > 0 and "parts" in r.attributes]
         if not known:
-            return None
-        costs = self.space.total(metric, np.array([r.plan_P for r in known]))
-        allowed = float(self.space.total(metric, plan_P[None])[0]) * _AS_CHEAP
-        cheap = [r for r, value in zip(known, costs, strict=True) if value <= allowed]
+            return None, []
+        plans_nP = np.array([r.plan_P for r in known])
+        affordable = self.space.total(metric, plans_nP) <= self.space.total(metric, plan_P[None])[0] * _AS_CHEAP
+        cheap = [r for r, ok in zip(known, affordable, strict=True) if ok]
         if not cheap:
-            return None
-        rival = min(cheap, key=lambda r: r.error)
-        parts = np.frombuffer(base64.b64decode(rival.attributes["parts"]), dtype="<f4").astype(np.float64)
-        if len(parts) != self.evaluator.samples or rival.error <= 0:
-            return None
-        return Judged(rival.error, len(parts), True, parts, np.zeros(0))
+            return None, []
+        kept_PC = self.space.kept.astype(float)
+        distance_n = np.abs(pick(kept_PC, plans_nP) - pick(kept_PC, plan_P)).sum(1)
+        nearest = [known[i] for i in np.argsort(distance_n, kind="stable")[:LIKE]]
+        return _judged(min(cheap, key=lambda r: r.error)), [_judged(r) for r in nearest]
 
     def _take_up_again(self) -> None:
         """Give trials back that died with their process, or failed: each is enqueued again, with its parameters.
@@ -354,12 +265,12 @@ class PlanStudy:
             dead = worker is not None and worker[0] == host and worker[1] != os.getpid() and not _alive(worker[1])
             nobody = worker is None and not isinstance(self.study._storage, RDBStorage) and len(trial.params) == 0
             if trial.state == TrialState.RUNNING and (dead or nobody):
-                with _quiet():
+                with quiet():
                     self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
             if distributions(self.space).keys() <= trial.params.keys():
                 tries = int(trial.user_attrs.get("tries", 0)) + 1
-                if tries <= _RETRIES:
+                if tries <= RETRIES:
                     self.enqueue(from_params(self.space, trial.params), trial.user_attrs.get("origin", "retried"))
 
     def _tell(self, trial: FrozenTrial, known: int, trials: int) -> None:
@@ -373,71 +284,10 @@ class PlanStudy:
             self.say(f"plan {known} of {trials}: best error {self._best:.4f}")
 
 
-# ---- studies in storages ---------------------------------------------------------------------------------------------
-
-
-def create(name: str, storage: BaseStorage | None, objectives: int, digest: str) -> optuna.Study:
-    """A study for this problem: the one of this name where it is about the same problem, else a new one.
-
-    Args:
-        name: wanted; a study of this name about another problem is left alone and a suffix is added.
-        storage: from open_storage.
-        objectives: 2 (error, latency) or 1 (error).
-        digest: identifies the problem: space, model, scorer, batch.
-    """
-    with _quiet():
-        for attempt in (name, f"{name}-{digest[:8]}"):
-            study = optuna.create_study(
-                study_name=attempt, storage=storage, directions=["minimize"] * objectives, load_if_exists=True
-            )
-            known = study.user_attrs.get("digest")
-            if known is None:
-                study.set_user_attr("digest", digest)
-                return study
-            if known == digest and len(study.directions) == objectives:
-                return study
-    return study
-
-
-def share_problem(study: optuna.Study, space: Space, effects: Effects, settings: Mapping[str, Any]) -> None:
-    """Write into the study what a worker needs."""
-    study.set_user_attr("settings", dict(settings))
-    study.set_user_attr("space", json.dumps(space.as_dict()))
-    for p in map(int, space.free):
-        rows = [
-            {"error": float(effects.errors_PC[p, c]), "sketch": encode(effects.vectors_PCS[p, c])}
-            for c in range(int(space.sizes[p]))
-        ]
-        # One attribute per choice keeps each within what every database stores.
-        for c, row in enumerate(rows):
-            study.set_user_attr(f"effect.{p}.{c}", row)
-    study.set_user_attr("ready", True)
-
-
-def read_problem(study: optuna.Study) -> tuple[Space, Effects, dict[str, Any]] | None:
-    """Inverse of share_problem; None while the study has not been prepared."""
-    attributes = study.user_attrs
-    if not attributes.get("ready"):
-        return None
-    space = Space.from_dict(json.loads(attributes["space"]))
-    errors: Floats = np.zeros(space.kept.shape)
-    vectors: Floats | None = None
-    for p in map(int, space.free):
-        for c in range(int(space.sizes[p])):
-            row = attributes[f"effect.{p}.{c}"]
-            direction = decode(row["sketch"])
-            assert direction is not None
-            if vectors is None:
-                vectors = np.zeros((*space.kept.shape, len(direction)))
-            errors[p, c] = row["error"]
-            norm = float(np.linalg.norm(direction))
-            vectors[p, c] = direction * (max(row["error"], 0.0) ** 0.5 / norm) if norm > 0 else 0.0
-        errors[p, space.sizes[p] :] = errors[p, space.sizes[p] - 1]
-        if vectors is not None:
-            vectors[p, space.sizes[p] :] = vectors[p, space.sizes[p] - 1]
-    if vectors is None:
-        vectors = np.zeros((*space.kept.shape, 1))
-    return space, Effects(errors, vectors), dict(attributes["settings"])
+def _judged(record: Record) -> Judged:
+    """What is known of a plan that was judged in full."""
+    parts = parts_from_text(record.attributes["parts"])
+    return Judged(record.error, len(parts), True, parts, np.zeros(0))
 
 
 def _alive(pid: int) -> bool:
@@ -448,16 +298,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna says nothing of its own: progress is reported in our words."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(before)

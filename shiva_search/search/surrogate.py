@@ -4,16 +4,21 @@ The mean is first order (effects of single layers add up as vectors); what is le
 vector values, so that each judged plan corrects its neighbourhood, interactions of layers included. Distances between
 plans are distances of their effects: layers that matter count, others do not.
 
+Changes of the output are kept in single precision: half the memory traffic, which is what predicting many plans takes.
+
 Legend: M plans, P positions, C choices, S sketch entries, n judged plans.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
 from shiva_search.search.candidates import Floats, Ints, Space
 from shiva_search.search.sensitivity import Effects
+
+Singles = NDArray[np.float32]
 
 #: Length scales tried, in units of the typical distance between judged plans, and shares of the additive part.
 _LENGTHS = (0.5, 1.0, 2.0, 4.0)
@@ -35,17 +40,18 @@ class Surrogate:
         self.effects = effects
         # Positions that are always dense or have one choice add nothing; leaving them out keeps the tables small.
         self._free = space.free
-        self._table = np.ascontiguousarray(effects.vectors_PCS[self._free])
-        norms = (self._table**2).sum(-1)
-        inner = self._table @ self._table.transpose(0, 2, 1)
+        table = effects.vectors_PCS[self._free]
+        norms = (table**2).sum(-1)
+        inner = table @ table.transpose(0, 2, 1)
         self._squared = np.maximum(norms[:, :, None] + norms[:, None, :] - 2 * inner, 0.0)
         size = np.sqrt(norms)
         share = space.kept[self._free] / space.tokens
         near = np.exp(-0.5 * ((share[:, :, None] - share[:, None, :]) / 0.25) ** 2)
         self._additive = size[:, :, None] * size[:, None, :] * near / max(float(norms.max()), 1e-12)
+        self._table: Singles = np.ascontiguousarray(table, dtype=np.float32)
         self._plans: Ints = np.zeros((0, space.positions), dtype=np.int64)
         self._residuals: Floats = np.zeros((0, self._table.shape[-1]))
-        self._weights: Floats | None = None
+        self._weights: Singles | None = None
         self._inverse: Floats = np.zeros((0, 0))
         self._setting: tuple[float, float] | None = None
         self._chosen_with = 0
@@ -100,15 +106,18 @@ class Surrogate:
             if loss < best_loss:
                 best_loss, self._setting, self._inverse = loss, setting, inverse
                 self.noise = float((left_out * diagonal).mean())
-        self._weights = self._inverse @ self._residuals
+        self._weights = (self._inverse @ self._residuals).astype(np.float32)
         # Participation ratio: in how many directions the residuals really lie.
         self.dimensions = max(1.0, float(np.trace(gram)) ** 2 / max(float((gram**2).sum()), 1e-300))
 
-    def first_order(self, plans_MP: Ints) -> Floats:
+    def first_order(self, plans_MP: Ints) -> Singles:
         """Sum of the effects [M, S]."""
-        return self._table[np.arange(len(self._free)), plans_MP[:, self._free]].sum(1)
+        total = np.zeros((len(plans_MP), self._table.shape[-1]), dtype=np.float32)
+        for row, p in enumerate(self._free):
+            total += self._table[row, plans_MP[:, p]]
+        return total
 
-    def change(self, plans_MP: Ints) -> tuple[Floats, Floats]:
+    def change(self, plans_MP: Ints) -> tuple[Singles, Floats]:
         """Expected change of the output [M, S] and the share of the process's variance left [M]."""
         mean = self.first_order(plans_MP)
         if self._weights is None or self._setting is None:
@@ -118,15 +127,16 @@ class Surrogate:
         cross = self._mix(squared, additive, share, scale)
         own = (1 - share) + share * self._own(plans_MP)
         left = own - ((cross @ self._inverse) * cross).sum(1)
-        return mean + cross @ self._weights, np.maximum(left, 0.0)
+        mean += cross.astype(np.float32) @ self._weights
+        return mean, np.maximum(left, 0.0)
 
     def predict(self, plans_MP: Ints) -> tuple[Floats, Floats]:
         """Expected error [M] and a rough standard deviation of it [M]."""
         return self.judge(*self.change(np.atleast_2d(plans_MP)))
 
-    def judge(self, mean_MS: Floats, left_M: Floats) -> tuple[Floats, Floats]:
+    def judge(self, mean_MS: Singles, left_M: Floats) -> tuple[Floats, Floats]:
         """Errors and their rough standard deviations [M] from what `change` returned."""
-        size = np.einsum("ms,ms->m", mean_MS, mean_MS)
+        size = np.einsum("ms,ms->m", mean_MS, mean_MS).astype(np.float64)
         unknown = self.noise * left_M
         # |y|^2 where y is normal around its mean, with the unknown variance spread over `dimensions` directions.
         return size + unknown, np.sqrt((4 * size * unknown + 2 * unknown**2) / self.dimensions)

@@ -25,7 +25,7 @@ from shiva_search.records.run import RunFolder
 from shiva_search.reporting import tables
 from shiva_search.search import SearchResult, check_attend, check_budget, holds, search
 from shiva_search.search.fidelity import fidelity
-from shiva_search.search.study import SAMPLERS
+from shiva_search.search.samplers import SAMPLERS
 from shiva_search.selection.training import tune
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.images import draw_samples

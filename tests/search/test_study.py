@@ -18,9 +18,9 @@ from shiva_search.errors import InfeasibleBudgetError, InputError, UnavailableEr
 from shiva_search.records.budget import Budget
 from shiva_search.records.plan import Plan
 from shiva_search.search import check_budget, fidelity, join_study, search
+from shiva_search.search.identity import scorer_identity
 from shiva_search.search.pareto import non_dominated
-from shiva_search.search.run_search import scorer_identity
-from shiva_search.search.study import open_storage
+from shiva_search.search.storages import open_storage
 
 BUDGET = Budget(shares={"latency_ms": 0.6})
 SMALL = {"samples": 8, "chunk": 4}
@@ -177,7 +177,7 @@ def test_a_trial_that_fails_is_tried_again(model, cost, tmp_path) -> None:
 
         def __call__(self, x_BND, t_B, condition_BC, layer):
             Fragile.calls += 1
-            if Fragile.calls == 40:
+            if Fragile.calls == 30:
                 raise RuntimeError("out of memory")
             return x_BND.norm(dim=-1)
 
@@ -198,7 +198,7 @@ def test_an_interrupted_search_keeps_its_progress(model, cost, tmp_path) -> None
 
         def __call__(self, x_BND, t_B, condition_BC, layer):
             Impatient.calls += 1
-            if Impatient.calls == 40:
+            if Impatient.calls == 30:
                 raise KeyboardInterrupt
             return x_BND.norm(dim=-1)
 

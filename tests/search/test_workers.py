@@ -12,9 +12,9 @@ import pytest
 from optuna.trial import TrialState
 
 from shiva_search.records.plan import Plan
-from shiva_search.search import search, study
+from shiva_search.search import search, storages
 from shiva_search.search.run_search import SearchResult
-from shiva_search.search.study import open_storage
+from shiva_search.search.storages import open_storage
 from tests.processes import start, wait_until
 from tests.search.workers import (
     BUDGET,
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def short_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "HEARTBEAT_S", HEARTBEAT_S)
-    monkeypatch.setattr(study, "GRACE_S", GRACE_S)
+    monkeypatch.setattr(storages, "HEARTBEAT_S", HEARTBEAT_S)
+    monkeypatch.setattr(storages, "GRACE_S", GRACE_S)
 
 
 @pytest.fixture

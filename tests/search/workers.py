@@ -11,7 +11,7 @@ import torch
 from optuna.trial import TrialState
 
 from shiva_search.records.budget import Budget
-from shiva_search.search import join_study, search, study
+from shiva_search.search import join_study, search, storages
 from tests.search.conftest import SyntheticCost, build_model
 
 BUDGET = Budget(shares={"latency_ms": 0.6})
@@ -48,7 +48,7 @@ def run_worker(storage: str, host: str | None = None) -> None:
 def finished(storage: str) -> Finished:
     """Complete trials by number: parameters and values; none while there is no study."""
     try:
-        found = optuna.load_study(study_name=STUDY, storage=study.open_storage(storage))
+        found = optuna.load_study(study_name=STUDY, storage=storages.open_storage(storage))
     except KeyError:
         return {}
     trials = found.get_trials(states=(TrialState.COMPLETE,))
@@ -57,4 +57,4 @@ def finished(storage: str) -> Finished:
 
 def _prepare() -> None:
     torch.set_num_threads(1)
-    study.HEARTBEAT_S, study.GRACE_S = HEARTBEAT_S, GRACE_S
+    storages.HEARTBEAT_S, storages.GRACE_S = HEARTBEAT_S, GRACE_S

@@ -17,7 +17,7 @@ import torch
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from shiva_search.search.study import open_storage
+from shiva_search.search.storages import open_storage
 
 TRIALS = 14
 
