@@ -7,11 +7,13 @@ torch is imported only once a device is opened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from ..errors import InputError
+from ..errors import InputError, UnavailableError
+from ..records.budget import a_budget, option_name
+from ..records.cost import COST_FIELD
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +140,26 @@ def check_repeats(repeats: int) -> None:
     """
     if repeats < 1:
         raise InputError(f"a timed sample has at least 1 repeat, got {repeats}. Pass repeats=1 or more.")
+
+
+def check_sensors(device: Device, metrics: Iterable[str]) -> None:
+    """Refuses budgets on what a device cannot measure, before anything is measured.
+
+    Args:
+        device: that the plan will be measured on.
+        metrics: that budgets are on, as in records.budget.METRICS.
+
+    Raises:
+        UnavailableError: names the budget, and why its sensor does not answer.
+    """
+    missing: dict[str, SensorReport] = {report.what: report for report in device.sensors() if not report.available}
+    for metric in metrics:
+        report = missing.get(COST_FIELD.get(metric, ""))
+        if report is not None:
+            raise UnavailableError(
+                f"{a_budget(metric)} needs a sensor that {device.name} does not have ({report.name}: "
+                f"{report.how.rstrip('.')}); drop {option_name(metric)}, or see `shiva-search devices`"
+            )
 
 
 def _open_cpu(index: str) -> Device:

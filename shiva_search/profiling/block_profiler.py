@@ -25,6 +25,7 @@ from shiva_search.profiling.sample_log import SampleLog
 from shiva_search.profiling.sampler import Sampler
 from shiva_search.records.plan import row_as_json, row_from_json
 from shiva_search.records.profile import Profile, load_profile
+from shiva_search.records.workload import Workload
 from shiva_search.runtime.apply import remove_plan
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 
@@ -101,7 +102,7 @@ def profile_model(
             if place is not None and len(sampler.rounds) % _SAVE_EVERY == 1:
                 bench.assemble(header, flops, sampler.finish()).save_estimates(place)
             if len(sampler.rounds) % _SAVE_EVERY == 1:
-                say(f"{sampler.elapsed_s:.0f} of {seconds:.0f} s, {bench.open_count()} cells open")
+                say(_how_far(sampler, seconds, bench.open_count()))
 
         try:
             if place is not None:
@@ -121,6 +122,17 @@ def profile_model(
     return found
 
 
+def _how_far(sampler: Sampler, seconds: float, still_open: int) -> str:
+    """One line of progress; past the time asked, what is still waited for."""
+    if sampler.elapsed_s <= seconds:
+        return f"{sampler.elapsed_s:.0f} of {seconds:.0f} s, {still_open} cells open"
+    over = f"the {seconds:g} s asked for are over ({sampler.elapsed_s:.0f} s by now)"
+    unseen = sum(not samples for samples in sampler.samples.values())
+    if not unseen:
+        return f"{over}; every cell has a sample now"
+    return f"{over}; finishing the first samples, which every cell gets: {unseen} of {len(sampler.samples)} to go"
+
+
 def _found(place: Path | None, model: Model, device: Device) -> Profile | None:
     """The profile in a folder, if there is one and it is of this model, workload and device.
 
@@ -130,7 +142,8 @@ def _found(place: Path | None, model: Model, device: Device) -> Profile | None:
     if place is None or not (place / "profile.json").exists():
         return None
     found = load_profile(place)
-    check_same(found, model, device, f"the profile in {place}")
+    step = "choose another folder with `shiva-search profile --out DIR`, or replace what is there with --no-resume"
+    check_same(found, model, device, f"the profile in {place}", step)
     return found
 
 
@@ -163,22 +176,33 @@ def _header(bench: Bench, flops: ModelFlops, scorer: TokenScorer, seconds: float
     )
 
 
-def check_same(found: Profile, model: Model, device: Device | None, what: str) -> None:
+def check_same(
+    found: Profile,
+    model: Model,
+    device: Device | None,
+    what: str,
+    step: str = "ask for what was recorded, or choose another folder",
+) -> None:
     """Refuse to mix profiles of different things.
 
+    Args:
+        what: the profile, as the user knows it.
+        step: what the user may do next.
+
     Raises:
-        InputError: names what differs.
+        InputError: names what differs, in words.
     """
     fingerprint = model.fingerprint()
     pairs: list[tuple[str, Any, Any]] = [
         (name, found.model.get(name), fingerprint[name]) for name in ("architecture", "config_hash", "tokens")
     ]
-    pairs.append(("workload", dict(found.workload), model.workload.as_dict()))
     if device is not None:
         pairs.append(("device", found.device, device.name))
     differing = [f"{name} {was!r}, not {now!r}" for name, was, now in pairs if was != now]
+    recorded = Workload.from_dict(dict(found.workload))
+    differing += [f"{was}, not {now}" for was, now in recorded.differences(model.workload)]
     if differing:
-        raise InputError(f"{what} is of {'; '.join(differing)}; choose another folder, or profile anew")
+        raise InputError(f"{what} is of {'; '.join(differing)}; {step}")
 
 
 def _attention_backends() -> dict[str, bool]:

@@ -36,6 +36,12 @@ def option_name(metric: str) -> str:
     return "--mean-keep" if metric == "mean_keep" else f"--max-{_KINDS[metric][0]}"
 
 
+def a_budget(metric: str) -> str:
+    """A budget on the metric, in words: "an energy budget"."""
+    kind = _KINDS[metric][0]
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} budget"
+
+
 def parse_limit(metric: str, text: str) -> tuple[float, bool]:
     """Read one limit.
 
@@ -54,10 +60,10 @@ def parse_limit(metric: str, text: str) -> tuple[float, bool]:
     hint = f"write for example {option_name(metric)} {example} or 60% (units: {known}; % is a share of the dense model)"
     match = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(\S*)", text)
     if match is None:
-        raise InputError(f"a {kind} budget is a number with a unit, got {text!r}; {hint}")
+        raise InputError(f"{a_budget(metric)} is a number with a unit, got {text!r}; {hint}")
     value, suffix = float(match[1]), match[2]
     if not math.isfinite(value) or value <= 0:
-        raise InputError(f"a {kind} budget must be above zero, got {text!r}; {hint}")
+        raise InputError(f"{a_budget(metric)} must be above zero, got {text!r}; {hint}")
     if suffix == "%":
         return value / 100, True
     if metric == "mean_keep":
@@ -65,7 +71,7 @@ def parse_limit(metric: str, text: str) -> tuple[float, bool]:
             raise InputError(f"a mean keep is a share of tokens in (0, 1], got {text!r}; write for example 0.6 or 60%")
         return value, False
     if not suffix:
-        raise InputError(f"a {kind} budget needs a unit, got {text!r}; {hint}")
+        raise InputError(f"{a_budget(metric)} needs a unit, got {text!r}; {hint}")
     if metric == "gflops":
         scale = re.fullmatch(r"([kMGTP])(?:[Ff][Ll][Oo][Pp][sS]?)?", suffix)
         if scale is None:
@@ -106,7 +112,7 @@ class Budget:
             if metric not in _KINDS:
                 raise InputError(f"unknown budget {metric!r}; known: {', '.join(METRICS)}")
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise InputError(f"a {_KINDS[metric][0]} budget must be above zero, got {value!r}")
+                raise InputError(f"{a_budget(metric)} must be above zero, got {value!r}")
         if self.mean_keep is not None and self.mean_keep > 1:
             raise InputError(f"a mean keep is a share of tokens in (0, 1], got {self.mean_keep}")
 
@@ -149,7 +155,7 @@ class Budget:
         for metric in {**numbers, **self.shares}:
             if metric != "mean_keep" and dense.of(metric) is None:
                 raise UnavailableError(
-                    f"a {_KINDS[metric][0]} budget needs a measured {metric}, and this profile has none; "
+                    f"{a_budget(metric)} needs a measured {metric}, and this profile has none; "
                     "`shiva-search devices` says why, or drop " + option_name(metric)
                 )
         for metric, share in self.shares.items():

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,18 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_folder_writable(folder: Path) -> None:
-    """Fail early, before hours of work, if results could not be written to `folder`.
+    """Fail early, before hours of work, if results could not be written to `folder`; what is there stays as it was.
 
     Raises:
         InputError: the folder cannot be made, is not a folder, is read-only or the disk is full.
     """
+    absent = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     probe = folder / ".probe"
-    write_text(probe, "shiva-search\n" * 512)
-    probe.unlink()
+    try:
+        write_text(probe, "shiva-search\n" * 512)
+        probe.unlink()
+    finally:
+        # The work may still be refused: a folder comes into being with its first file.
+        for place in absent:
+            with suppress(OSError):
+                place.rmdir()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shiva_search.devices import open_device
+from shiva_search.devices import check_sensors, open_device
 from shiva_search.models.catalog import load_model
 from shiva_search.models.model import Model
 
@@ -15,13 +16,19 @@ if TYPE_CHECKING:
     from shiva_search.devices.base import Device
 
 
-def open_both(model_name: str, device_name: str, workload: dict[str, Any], seed: int) -> tuple[Device, Model]:
+def open_both(
+    model_name: str, device_name: str, workload: dict[str, Any], seed: int, limited: Iterable[str] = ()
+) -> tuple[Device, Model]:
     """The device, and the model loaded onto it, with the workload's threads set.
 
+    Args:
+        limited: budget metrics that will be measured on the device.
+
     Raises:
-        ShivaError: no such device or model, or the workload does not fit it.
+        ShivaError: no such device, sensor or model, or the workload does not fit it.
     """
     device = open_device(device_name)
+    check_sensors(device, limited)
     model = load_model(model_name, device=str(device.torch_device), seed=seed, **workload)
     if model.workload.threads is not None:
         torch.set_num_threads(model.workload.threads)
@@ -29,7 +36,13 @@ def open_both(model_name: str, device_name: str, workload: dict[str, Any], seed:
 
 
 def profile_folder(device: Device, model: Model, bypass: str = "affine", bypass_rank: int | None = None) -> Path:
-    """Where profiles of the model on the device lie: profiles/<device>/<model>; another bypass has one of its own."""
-    suffix = "" if bypass == "affine" else f".bypass-{bypass}"
+    """Where profiles of the model on the device lie: profiles/<device>/<model>.
+
+    Another workload than the model's default has a folder of its own, and so has another bypass: each value that
+    differs is named behind the model, as in fashion-dit.batch-4.dtype-bfloat16.
+    """
+    others = model.workload.differences(model.family.defaults(model.config))
+    suffix = "".join(f".{here.replace(' ', '-')}" for here, _ in others)
+    suffix += "" if bypass == "affine" else f".bypass-{bypass}"
     suffix += "" if bypass_rank is None else f".rank-{bypass_rank}"
     return Path("profiles") / device.name.replace(":", "-") / f"{Path(model.name).name}{suffix}"

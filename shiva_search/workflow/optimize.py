@@ -62,7 +62,9 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
         raise InputError(f"--sampler is one of {', '.join(SAMPLERS)}, got {settings.sampler!r}")
     run = RunFolder(out or Path("reports") / _run_name(settings))
     check_folder_writable(run.path)
-    device, model = open_both(settings.model, settings.device, settings.workload, settings.seed)
+    device, model = open_both(
+        settings.model, settings.device, settings.workload, settings.seed, limited=settings.budget
+    )
     clock = _Clock()
 
     with clock("profile"):

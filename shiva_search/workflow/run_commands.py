@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from shiva_search.devices import check_sensors
 from shiva_search.errors import InputError
 from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.files import read_json, write_json
@@ -49,6 +50,7 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
 def measure_command(path: Path, *, device: str | None, seconds: float, seed: int, progress: Progress) -> Answer:
     """`shiva-search measure RUN`: apply, measure again, predicted next to measured."""
     run = open_run(path, device)
+    check_sensors(run.device, run.settings.budget)
     scorer = run.scorer()
     progress(f"measuring for {seconds:.0f} s")
     final = measure_plans(run.model, [run.plan], run.device, scorer_for=lambda _: scorer, seconds=seconds, seed=seed)[0]

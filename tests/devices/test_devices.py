@@ -6,12 +6,13 @@ import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from recorded_cuda import RecordedCuda
 
-from shiva_search.devices import Device, list_devices, open_device
+from shiva_search.devices import Device, check_sensors, list_devices, open_device
 from shiva_search.devices.cpu import CpuDevice
 from shiva_search.devices.cuda import CudaDevice
 from shiva_search.errors import InputError, UnavailableError
@@ -111,6 +112,21 @@ class TestEveryDevice:
                 measure(run)
         assert device.time_ms(lambda: None) > 0
         assert device.peak_memory_mib(lambda: None) in (0.0, None)
+
+
+@pytest.mark.parametrize("metric", ["energy_j", "power_w"])
+def test_a_budget_without_its_sensor_is_refused(metric: str, tmp_path: Path) -> None:
+    device = CpuDevice(powercap=tmp_path / "none")
+    others = ["latency_ms", "memory_mib", "gflops", "mean_keep"]
+    check_sensors(device, others)
+    with pytest.raises(UnavailableError, match=r"an? (energy|power) budget needs a sensor .*RAPL") as refusal:
+        check_sensors(device, [*others, metric])
+    assert f"drop --max-{metric.split('_')[0]}" in str(refusal.value)
+    assert str(tmp_path) in str(refusal.value)
+    (tmp_path / "intel-rapl:0").mkdir()
+    for file, value in {"name": "package-0", "max_energy_range_uj": "262143328850", "energy_uj": "5"}.items():
+        (tmp_path / "intel-rapl:0" / file).write_text(value)
+    check_sensors(CpuDevice(powercap=tmp_path), [*others, metric])
 
 
 def test_cpu_is_always_there() -> None:

@@ -34,6 +34,13 @@ def test_a_folder_that_cannot_be_written_is_refused_early(folder: str) -> None:
         check_folder_writable(Path(folder))
 
 
+def test_looking_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for folder in ("there", "reports/run"):
+        check_folder_writable(tmp_path / folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 def test_a_full_disk_is_refused_early(tmp_path: Path) -> None:
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(InputError, match="No space left"):

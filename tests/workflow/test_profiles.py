@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from shiva_search.models.model import Model
 from shiva_search.records.files import read_json
 from shiva_search.records.profile import load_profile
 from shiva_search.selection.router import Router
+from shiva_search.workflow.opening import profile_folder
 from shiva_search.workflow.profiles import Costs, take_profile, use_profile
 
 SECONDS = 30.0
@@ -48,6 +50,11 @@ def take(model: Model, device: VirtualDevice, folder: Path, say: Callable[[str],
     return take_profile(model, device, folder, progress=say, clock=device.clock, **options)  # type: ignore[arg-type]
 
 
+def changed(model: Model, **workload: object) -> Model:
+    """The model under another workload."""
+    return replace(model, workload=model.workload.override(**workload))
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -71,10 +78,15 @@ def test_another_clock_rescales_and_leaves_what_was_measured(
     model: Model, recorded: tuple[Path, float], folder: Path
 ) -> None:
     before = load_profile(folder)
+    said: list[str] = []
+    take(model, machine(1.15), folder, said.append)
+    assert "latencies were rescaled" in said[-1]
     for _ in range(2):  # the factor is on what was measured, so it does not grow from check to check
-        costs = take(model, machine(1.5), folder)
+        costs = take(model, machine(1.5), folder, said.append)
         assert costs.drift is not None and costs.drift["verdict"] == "rescale"
         assert costs.drift["scale"] == pytest.approx(1.5, rel=0.03)
+        assert "latencies were rescaled" in said[-2]
+        assert said[-1].startswith("warning: this machine is not as it was") and "with --no-resume" in said[-1]
         assert costs.model.dense.latency_ms == pytest.approx(1.5 * recorded[1], rel=0.03)
     after = load_profile(folder)
     assert (after.rows, after.forwards, after.dense) == (before.rows, before.forwards, before.dense)
@@ -110,12 +122,14 @@ def test_a_named_profile_is_checked_and_its_folder_left_alone(
 ) -> None:
     before = content(folder)
     said: list[str] = []
-    slow, other = machine(1.5), machine(tile=128)
+    slow, other = machine(0.7), machine(tile=128)
     costs = use_profile(
         model, slow, folder, scorer=Router.for_model(model, seed=0), progress=said.append, clock=slow.clock
     )
-    assert costs.model.dense.latency_ms == pytest.approx(1.5 * recorded[1], rel=0.03)
-    assert not [line for line in said if "warning" in line]
+    assert costs.model.dense.latency_ms == pytest.approx(0.7 * recorded[1], rel=0.03)
+    [warning] = [line for line in said if line.startswith("warning: ")]
+    assert "not as it was" in warning and f"shiva-search profile --no-resume --out {folder}" in warning
+    said.clear()
     costs = use_profile(
         model, other, folder, scorer=Router.for_model(model, seed=0), progress=said.append, clock=other.clock
     )
@@ -131,10 +145,32 @@ def test_a_named_profile_of_another_device_model_or_state_is_refused(model: Mode
         use_profile(model, open_device("cpu"), folder, **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="config_hash"):
         use_profile(small_dit(layers=2), machine(), folder, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="is of batch 2, not batch 4; compile off, not compile on; ask for") as refusal:
+        use_profile(changed(model, batch=4, compile=True), machine(), folder, **options)  # type: ignore[arg-type]
+    assert "{" not in str(refusal.value)
     header = (folder / "profile.json").read_text()
     (folder / "profile.json").write_text(header.replace('"complete": true', '"complete": false'))
     with pytest.raises(InputError, match="interrupted"):
         use_profile(model, machine(), folder, **options)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_another_workload_says_what_differs_and_what_to_do(model: Model, folder: Path) -> None:
+    before = content(folder)
+    other = changed(model, batch=4, threads=1)
+    differing = "batch 2, not batch 4; default threads, not threads 1; .*profile --out DIR.*--no-resume"
+    with pytest.raises(InputError, match=differing):
+        take(other, machine(), folder)
+    assert content(folder) == before
+
+
+def test_every_workload_has_a_folder_of_its_own(model: Model) -> None:
+    device = open_device("cpu")
+    assert profile_folder(device, model) == Path("profiles/cpu/small")
+    assert profile_folder(device, changed(model, batch=model.workload.batch)) == Path("profiles/cpu/small")
+    other = changed(model, batch=4, dtype="bfloat16", resolution=16, guidance=False, compile=True, threads=2)
+    assert profile_folder(device, other, "affine", 8).name == (
+        "small.batch-4.dtype-bfloat16.resolution-16.guidance-off.compile-on.threads-2.rank-8"
+    )
 
 
 def test_a_recording_is_never_checked(model: Model, recorded: tuple[Path, float], folder: Path, tmp_path: Path) -> None:
