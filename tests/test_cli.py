@@ -99,6 +99,8 @@ def test_models_are_listed_by_family_with_what_was_verified(capsys: pytest.Captu
     start = lines.index("sd3: SD3Transformer2DModel")
     assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["sd3.5-medium", "sd3.5-large", "sd3-medium"]
     assert lines[start + 5].startswith("  verified: exact") and "StableDiffusion3Pipeline" in lines[start + 5]
+    assert lines[start + 6] == "  --attend all: JointTransformerBlock"
+    assert "  --attend all: Flux2TransformerBlock" in lines
     assert sum(line.startswith("  verified: ") for line in lines) == 12
 
 

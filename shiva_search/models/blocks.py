@@ -148,6 +148,25 @@ def halves_guidance(workload: Workload, batch: int) -> bool:
 
 
 @dataclass(frozen=True)
+class KeysOfAll:
+    """The parts of a block class that let kept tokens attend to the keys and values of all; see attend_all.py.
+
+    Attributes:
+        norm: what runs before the attention. Between the two, tokens may be modulated but not mixed.
+        attention: all that read the normed tokens as a sequence.
+        beside: parts that read the normed tokens each alone, and are wanted for kept ones only.
+        rotary: the argument with rotary tables, which the adapter's gather reduces to the rows of kept tokens.
+        cuts_by_input: the attention's processor cuts text and image apart behind as many tokens as it was given.
+    """
+
+    norm: str = "norm1"
+    attention: tuple[str, ...] = ("attn",)
+    beside: tuple[str, ...] = ()
+    rotary: str | None = None
+    cuts_by_input: bool = False
+
+
+@dataclass(frozen=True)
 class BlockAdapter:
     """Everything the runtime must know of one block class.
 
@@ -159,8 +178,7 @@ class BlockAdapter:
         condition: (block, kwargs) -> [B, C], the backbone's own embedding of timestep and condition.
         gather: (kwargs, kept_BK, N) -> kwargs with what belongs to single tokens (rotary rows) reduced to the kept.
         joint: where the image tokens lie, if `tokens` holds others as well; see joint_adapter.
-        attend_all: (block, kwargs with all tokens, kept_BK, kept tokens) -> the block's output for the kept tokens
-            where these attend to the keys and values of all; None where the block class does not allow it.
+        keys_of_all: how kept tokens attend to the keys and values of all; None where the block class does not allow it.
     """
 
     block_class: str
@@ -170,7 +188,7 @@ class BlockAdapter:
     returns: tuple[str, ...] = ("tokens",)
     gather: Callable[[Kwargs, torch.Tensor, int], Kwargs] = keep_rows
     joint: JointSequence | None = None
-    attend_all: Callable[[nn.Module, Mapping[str, Any], torch.Tensor, torch.Tensor], Any] | None = None
+    keys_of_all: KeysOfAll | None = None
 
     def split(self, kwargs: Mapping[str, Any], tokens: int) -> Kwargs:
         """A call of the block as the runtime knows it, with N image tokens alone in the argument `tokens`."""
@@ -209,6 +227,7 @@ def joint_adapter(
     condition: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor],
     gather: Callable[[Kwargs, torch.Tensor, int], Kwargs] = keep_rows,
     tokens: str = "hidden_states",
+    keys_of_all: KeysOfAll | None = None,
 ) -> BlockAdapter:
     """The adapter of a block that takes image tokens and others as one sequence and returns it."""
     return BlockAdapter(
@@ -219,6 +238,7 @@ def joint_adapter(
         returns=("context", "tokens"),
         gather=gather,
         joint=joint,
+        keys_of_all=keys_of_all,
     )
 
 

@@ -233,8 +233,11 @@ def shipped_bypass(model: Model) -> Path | None:
     return path if model.origin == "built in" and path.is_file() else None
 
 
-def list_models() -> list[dict[str, str]]:
-    """What --model accepts, a row each, family by family: name, family, kind, class, verified."""
+def list_models() -> list[dict[str, Any]]:
+    """What --model accepts, a row each, family by family: name, family, kind, class, verified, attends_all.
+
+    The last lists the block classes whose kept tokens may attend to all.
+    """
     rows = []
     for family in FAMILIES:
         names = [(BUILT_IN, "built in, trained")] if family.name == "dit" else []
@@ -247,6 +250,7 @@ def list_models() -> list[dict[str, str]]:
                 "kind": kind,
                 "class": family.model_class,
                 "verified": family.verified,
+                "attends_all": [name for name, adapter in family.adapters.items() if adapter.keys_of_all is not None],
             }
             for name, kind in names
         ]

@@ -41,7 +41,7 @@ class Layer:
     @property
     def attends_all(self) -> bool:
         """Whether its kept tokens can attend to the keys and values of all."""
-        return self.adapter.attend_all is not None
+        return self.adapter.keys_of_all is not None
 
 
 @dataclass(frozen=True)

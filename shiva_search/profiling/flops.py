@@ -17,7 +17,8 @@ from fvcore.nn.jit_handles import get_shape
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shiva_search.models.blocks import Kwargs
+from shiva_search.models.attend_all import AttendAll
+from shiva_search.models.blocks import BlockAdapter, Kwargs
 from shiva_search.models.model import Layer, Model
 from shiva_search.profiling.conditions import shapes_of, without_blocks
 from shiva_search.records.plan import Kept, Plan
@@ -85,35 +86,54 @@ class BlockFlops:
         self._kwargs = _to_meta(kwargs)
         self._tokens = tokens
         # Operations of a transformer block are a parabola in the tokens: constant, linear layers, attention.
-        at = sorted({1, max(1, tokens // 2), tokens})
-        self._parabola = np.polynomial.Polynomial.fit(at, [self.counted(k) for k in at], len(at) - 1).convert()
+        self._curves = {"kept": self._curve([1, max(1, tokens // 2), tokens], "kept")}
+        if layer.attends_all and tokens > 1:
+            self._curves["all"] = self._curve([1, tokens - 1], "all")  # a line: each query sees the same keys
+
+    def _curve(self, counts: Sequence[int], attend: str) -> np.polynomial.Polynomial:
+        at = sorted(set(counts))
+        counted = [self.counted(Kept(k, 0, attend)) for k in at]
+        return np.polynomial.Polynomial.fit(at, counted, len(at) - 1).convert()
 
     def counted(self, k: int) -> float:
-        """GFLOP at k tokens, counted."""
-        adapter = self._layer.adapter
+        """GFLOP at k tokens, or of a choice without its bypass, counted."""
+        adapter, choice = self._layer.adapter, Kept.of(k)
         kwargs = dict(self._kwargs)
-        if k < self._tokens:
-            x_BND = kwargs[adapter.tokens]
-            kept_BK = torch.zeros(len(x_BND), k, dtype=torch.int64, device="meta")
-            entering = torch.empty(len(x_BND), k, x_BND.shape[-1], dtype=x_BND.dtype, device="meta")
-            kwargs = adapter.gather({**kwargs, adapter.tokens: entering}, kept_BK, self._tokens)
-        return count_gflops(self._block, adapter.join(kwargs))
+        if k >= self._tokens:
+            return count_gflops(self._block, adapter.join(kwargs))
+        x_BND = kwargs[adapter.tokens]
+        kept_BK = torch.zeros(len(x_BND), int(k), dtype=torch.int64, device="meta")
+        entering = torch.empty(len(x_BND), int(k), x_BND.shape[-1], dtype=x_BND.dtype, device="meta")
+        if choice.attend == "all":
+            return count_gflops(_AttendsAll(adapter, self._block), {"call": kwargs, "kept": (kept_BK, entering)})
+        return count_gflops(
+            self._block, adapter.join(adapter.gather({**kwargs, adapter.tokens: entering}, kept_BK, self._tokens))
+        )
 
     def __call__(self, k: int) -> float:
-        """GFLOP at k tokens, in [0, N], from the parabola through three counts, and of the choice's variant."""
+        """GFLOP of a choice with k tokens, in [0, N], from the curve through few counts, and of its bypass."""
         choice = Kept.of(k)
-        return (float(self._parabola(int(choice))) if k else 0.0) + self._extra(choice)
+        curve = self._curves[choice.attend if choice < self._tokens else "kept"]
+        return (float(curve(int(choice))) if k else 0.0) + self._bypass(choice)
 
-    def _extra(self, choice: Kept) -> float:
-        """GFLOP of a bypass for all tokens, and of the keys and values of the tokens that are not kept."""
-        k, rest = int(choice), self._tokens - int(choice)
-        if not rest:
-            return 0.0
+    def _bypass(self, choice: Kept) -> float:
+        """GFLOP of a bypass, which is worked out for all tokens."""
         batch, tokens, width = self._kwargs[self._layer.adapter.tokens].shape
-        macs = batch * tokens * width * (3 * choice.rank + 2) if choice.rank else 0
-        if choice.attend == "all" and k:
-            macs += batch * rest * (2 * width * width + 2 * k * width)
-        return 2e-9 * macs
+        if not choice.rank or choice >= self._tokens:
+            return 0.0
+        return 2e-9 * batch * tokens * width * (3 * choice.rank + 2)
+
+
+class _AttendsAll(nn.Module):
+    """A block whose kept tokens attend to all, as a module."""
+
+    def __init__(self, adapter: BlockAdapter, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block  # a tracer wants to find it
+        self._run = AttendAll(adapter, block)
+
+    def forward(self, call: Kwargs, kept: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        return self._run(call, *kept)
 
 
 class ModelFlops:

@@ -13,7 +13,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.bypass import AffineBypass
-from shiva_search.runtime.compiled import compiled_forwards
+from shiva_search.runtime.compiled import compiled_attend_all, compiled_forwards
 from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.pruned_block import Controller, Gate, PrunedBlock
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
@@ -129,6 +129,10 @@ class AppliedPlan:
             forwards = zip(self.model.layers, [block.forward for block in blocks], strict=True)
             for block, forward in zip(blocks, compiled_forwards(forwards, **options), strict=True):
                 block.compiled = forward
+            shared: dict[str, Callable[..., Any]] = {}
+            for block in blocks:
+                if block.attend_all is not None:
+                    block.compiled_attend_all = compiled_attend_all(block.layer, block.attend_all, shared, **options)
         return self
 
     def begin(self, named: Mapping[str, Any]) -> None:
@@ -194,7 +198,7 @@ class AppliedPlan:
             module, before = self._compiled.pop()
             module._compiled_call_impl = before
         for block in self._blocks:
-            block.stand_in.compiled = None
+            block.stand_in.compiled = block.stand_in.compiled_attend_all = None
         while self._afterwards:
             self._afterwards.pop()()
 

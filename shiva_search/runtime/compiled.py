@@ -6,12 +6,14 @@ the compiler. With the count left open, one graph per kind of block serves them 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
 
+from shiva_search.models.attend_all import AttendAll
 from shiva_search.models.model import Layer
 from shiva_search.runtime.places import Forward
 
@@ -34,6 +36,15 @@ def compiled_forwards(forwards: Iterable[tuple[Layer, Forward]], **options: Any)
             shared[layer.signature] = torch.compile(_own(type(layer.module).forward), **settings)
         found.append(_by_name(shared[layer.signature], layer))
     return found
+
+
+def compiled_attend_all(
+    layer: Layer, attend_all: AttendAll, shared: dict[str, Callable[..., Any]], **options: Any
+) -> Callable[..., Any]:
+    """A block whose kept tokens attend to all, compiled; those of one signature share what is compiled."""
+    if layer.signature not in shared:
+        shared[layer.signature] = torch.compile(_own(AttendAll.__call__), **{"dynamic": True, **options})
+    return partial(shared[layer.signature], attend_all)
 
 
 def _by_name(compiled: Forward, layer: Layer) -> Forward:

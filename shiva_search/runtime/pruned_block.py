@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from shiva_search.errors import InputError
+from shiva_search.models.attend_all import AttendAll
 from shiva_search.models.joint import CONTEXT
 from shiva_search.models.model import Layer
 from shiva_search.records.plan import Kept
@@ -159,7 +160,8 @@ class PrunedBlock(StandIn):
 
     Attributes:
         held: the choice that a cache inside the block belongs to.
-        compiled: the forward after torch.compile, where it is to run instead.
+        attend_all: what runs the block where kept tokens attend to all; None where it cannot.
+        compiled, compiled_attend_all: the forward and that after torch.compile, where they are to run instead.
     """
 
     def __init__(self, layer: Layer, forward: Callable[..., Any], controller: Controller) -> None:
@@ -168,6 +170,8 @@ class PrunedBlock(StandIn):
         self.controller = controller
         self.held = HeldChoice(layer.module)
         self.compiled: Callable[..., Any] | None = None
+        self.attend_all = AttendAll(layer.adapter, layer.module) if layer.attends_all else None
+        self.compiled_attend_all: Callable[..., Any] | None = None
 
     def stand_in(self, *args: Any, **kwargs: Any) -> Any:
         """The block on the tokens it keeps.
@@ -250,8 +254,9 @@ class PrunedBlock(StandIn):
             entering_BKD = gate.enter(x_kept_BKD, pi_kept_BK)
             rejected_BND = gate.stay(rejected_BND, pi_BN)
         if choice.attend == "all":
-            assert adapter.attend_all is not None  # AppliedPlan has seen to it
-            output = adapter.attend_all(block, kwargs, kept_BK, entering_BKD)
+            attend_all = self.compiled_attend_all or self.attend_all
+            assert attend_all is not None  # AppliedPlan has seen to it
+            output = attend_all(kwargs, kept_BK, entering_BKD)
         else:
             output = forward(**adapter.gather({**kwargs, adapter.tokens: entering_BKD}, kept_BK, controller.tokens))
         out_BKD, out_context = adapter.unpack(output)

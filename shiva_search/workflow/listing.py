@@ -41,6 +41,7 @@ def models_command() -> Answer:
         lines.append(f"{family}: {named[0]['class']}")
         lines += [f"  {row['name']:<32} {row['kind']}" for row in named]
         lines.append(f"  verified: {named[0]['verified']}")
+        lines.append(f"  --attend all: {', '.join(named[0]['attends_all']) or 'no block'}")
     lines += [f"refused: {row['class']}: {row['reason']}" for row in refused]
     lines.append(
         "any other transformer in Python: shiva_search.wrap(module, example=...) looks whether it allows plans"

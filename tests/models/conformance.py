@@ -17,6 +17,7 @@ from torch import nn
 
 from shiva_search.models.catalog import as_model
 from shiva_search.models.model import Model
+from shiva_search.records.plan import Kept
 
 KEEP = (0.6, 0.3)  # of all blocks but the first
 
@@ -166,6 +167,7 @@ class Reading:
         tables: arguments with a row per position: (name, axis), or (name, axis, element) of a pair.
         ends: the argument with true where a sample goes on.
         outputs: what comes back, in order.
+        keys_of_all: whether keys and values are made apart from the rest of its work, so that all tokens can have them.
     """
 
     tokens: str = "hidden_states"
@@ -173,6 +175,7 @@ class Reading:
     tables: tuple[tuple[Any, ...], ...] = ()
     ends: str | None = None
     outputs: tuple[str, ...] = ("tokens",)
+    keys_of_all: bool = True
 
 
 _ROPE = ("image_rotary_emb", 0)
@@ -189,7 +192,7 @@ READINGS = {
         image="last", tables=(("image_rotary_emb", 1), ("attention_mask", 1)), ends="attention_mask"
     ),
     "Flux2TransformerBlock": Reading(tables=(_ROPE,), outputs=_CONTEXT_FIRST),
-    "Flux2SingleTransformerBlock": Reading(image="last", tables=(_ROPE,)),
+    "Flux2SingleTransformerBlock": Reading(image="last", tables=(_ROPE,), keys_of_all=False),
     "QwenImageTransformerBlock": Reading(tables=((*_ROPE, 0),), outputs=_CONTEXT_FIRST),
     "ZImageTransformerBlock": Reading(tokens="x", image="first", tables=(("freqs_cis", 1), ("attn_mask", 1))),
     "WanTransformerBlock": Reading(tables=(("rotary_emb", 1),)),
@@ -201,7 +204,11 @@ SampleScores = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class SlowBlock(nn.Module):
-    """A block run one sample at a time on rows picked one token at a time."""
+    """A block run one sample at a time on rows picked one token at a time.
+
+    Where kept tokens attend to all (`Kept.attend`), each of them, and the context, is what the dense block makes of it:
+    what a token becomes depends on the keys and values of the others, not on their queries.
+    """
 
     def __init__(self, block: nn.Module, index: int, k: int, tokens: int, scores: SampleScores) -> None:
         super().__init__()
@@ -229,11 +236,13 @@ class SlowBlock(nn.Module):
         found = {"tokens": torch.stack(rows)[None], "context": one.get("encoder_hidden_states")}
         if kept:
             left = [*range(first), *(first + token for token in kept), *range(first + self.tokens, len(rows))]
-            picked = torch.stack([rows[position] for position in left])[None]
-            output = self.block(**{**one, **self._tables(one, kept), self.reading.tokens: picked})
+            seen = list(range(len(rows))) if Kept.of(self.k).attend == "all" else left
+            picked = torch.stack([rows[position] for position in seen])[None]
+            tables = {} if seen is not left else self._tables(one, kept)
+            output = self.block(**{**one, **tables, self.reading.tokens: picked})
             found = dict(zip(self.reading.outputs, output if isinstance(output, tuple) else (output,), strict=True))
-            for place, position in enumerate(left):
-                rows[position] = found["tokens"][0, place]
+            for position in left:
+                rows[position] = found["tokens"][0, seen.index(position)]
             found["tokens"] = torch.stack(rows)[None]
         return [found[name] for name in self.reading.outputs]
 
@@ -301,6 +310,14 @@ def norm_scores(tokens: torch.Tensor, layer: int) -> torch.Tensor:
 def uniform_row(model: Model, keep: float) -> tuple[int, ...]:
     """Every block but the first at the same share of tokens."""
     return (model.tokens, *[round(keep * model.tokens)] * (model.layer_count - 1))
+
+
+def attending_row(model: Model, keep: float) -> tuple[Kept, ...]:
+    """The same where kept tokens attend to all in every block that allows it."""
+    return tuple(
+        Kept(k, 0, "all" if layer.attends_all else "kept")
+        for k, layer in zip(uniform_row(model, keep), model.layers, strict=True)
+    )
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

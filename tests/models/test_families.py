@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,25 @@ import pytest
 import torch
 
 from shiva_search.errors import InputError
+from shiva_search.models.attend_all import AttendAll
 from shiva_search.models.blocks import PerSampleTable
 from shiva_search.models.model import Model, output_tensor
+from shiva_search.profiling.conditions import record_inputs
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
-from tests.models.conformance import FAMILY_CASES, KEEP, FamilyCase, blocks_of, norm_scores, slow_copy, uniform_row
+from tests.models.conformance import (
+    FAMILY_CASES,
+    KEEP,
+    READINGS,
+    FamilyCase,
+    attending_row,
+    blocks_of,
+    norm_scores,
+    slow_copy,
+    uniform_row,
+)
+
+RowOf = Callable[[Model, float], Sequence[int]]
 
 
 @pytest.fixture(params=FAMILY_CASES, ids=lambda case: case.name)
@@ -42,9 +56,12 @@ def test_keep_all_is_bit_identical(case: FamilyCase, model: Model) -> None:
     assert torch.equal(model.predict(inputs), dense)
 
 
+@pytest.mark.parametrize("row_of", [uniform_row, attending_row])
 @pytest.mark.parametrize("keep", KEEP)
-def test_pruned_equals_a_loop_over_samples_and_tokens(case: FamilyCase, model: Model, keep: float) -> None:
-    row, inputs = uniform_row(model, keep), case.example(model, seed=2)
+def test_pruned_equals_a_loop_over_samples_and_tokens(
+    case: FamilyCase, model: Model, keep: float, row_of: RowOf
+) -> None:
+    row, inputs = row_of(model, keep), case.example(model, seed=2)
     expected = output_tensor(slow_copy(model, row, norm_scores)(**inputs))
     kept_by_layer: dict[int, torch.Tensor] = {}
     with AppliedPlan(model, Plan.from_rows(model, [row]), "norm", guidance=False) as applied:
@@ -62,8 +79,9 @@ def test_skipped_blocks_equal_the_loop(case: FamilyCase, model: Model) -> None:
         torch.testing.assert_close(model.predict(inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_equal_those_of_the_loop(case: FamilyCase, model: Model) -> None:
-    row, inputs = uniform_row(model, KEEP[0]), case.example(model, seed=4)
+@pytest.mark.parametrize("row_of", [uniform_row, attending_row])
+def test_gradients_equal_those_of_the_loop(case: FamilyCase, model: Model, row_of: RowOf) -> None:
+    row, inputs = row_of(model, KEEP[0]), case.example(model, seed=4)
     slow = slow_copy(model, row, norm_scores)
     gradients = []
     for module in (slow, model.module):
@@ -86,14 +104,30 @@ def test_gradients_equal_those_of_the_loop(case: FamilyCase, model: Model) -> No
         torch.testing.assert_close(found, expected, atol=1e-5 * max(scale, 1.0), rtol=1e-5)
 
 
-def test_samples_do_not_depend_on_their_batch(model: Model) -> None:
+@pytest.mark.parametrize("row_of", [uniform_row, attending_row])
+def test_samples_do_not_depend_on_their_batch(model: Model, row_of: RowOf) -> None:
     batch = model.batch("calibration", 3, seed=1)
-    with AppliedPlan(model, Plan.uniform(model, 0.5), "norm", guidance=False):
+    with AppliedPlan(model, Plan.from_rows(model, [row_of(model, 0.5)]), "norm", guidance=False):
         together = model.predict(batch.inputs)
         apart = torch.cat([model.predict(one.inputs) for one in batch.chunks(1)])
         picked = model.predict(batch.take([2, 0]).inputs)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together[[2, 0]], picked, atol=1e-5, rtol=1e-5)
+
+
+def test_with_all_tokens_kept_attending_to_all_is_the_block_itself(case: FamilyCase, model: Model) -> None:
+    recorded = record_inputs(model, case.example(model, seed=7))
+    for layer in {layer.signature: layer for layer in reversed(model.layers)}.values():
+        assert layer.attends_all == READINGS[type(layer.module).__name__].keys_of_all
+        if not layer.attends_all:
+            continue
+        adapter, call = layer.adapter, recorded[layer.signature]
+        x_BND, everyone = call[adapter.tokens], torch.arange(model.tokens).expand(2, model.tokens)
+        output = AttendAll(adapter, layer.module)(call, everyone, x_BND)
+        for found, expected in zip(
+            adapter.unpack(output), adapter.unpack(adapter.apart(layer.module.forward)(**call)), strict=True
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_said_of_the_model_is_what_its_blocks_see(case: FamilyCase, model: Model) -> None:

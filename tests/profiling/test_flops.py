@@ -10,11 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from virtual_device import small_dit
 
+from shiva_search.models.attend_all import AttendAll
 from shiva_search.models.catalog import load_model
 from shiva_search.models.model import Layer, Model
 from shiva_search.profiling.conditions import record_inputs
 from shiva_search.profiling.flops import BlockFlops, ModelFlops
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.apply import AppliedPlan
 from tests.models.conformance import FAMILY_CASES, FamilyCase
 
@@ -113,6 +114,11 @@ def test_blocks_of_every_family_agree_with_torch(case: FamilyCase) -> None:
             call = adapter.join(adapter.gather(inputs, kept_BK, model.tokens) if k < model.tokens else inputs)
             by_torch = counted_by_torch(lambda: layer.module(**call))  # noqa: B023
             assert flops(k) == pytest.approx(by_torch, rel=0.01)
+        for k in (1, 3, model.tokens - 2) if layer.attends_all else ():
+            call = (kwargs, torch.arange(k).expand(2, k), kwargs[adapter.tokens][:, :k])
+            by_torch = counted_by_torch(lambda: AttendAll(adapter, layer.module)(*call))  # noqa: B023
+            assert flops(Kept(k, 0, "all")) == pytest.approx(by_torch, rel=0.01)
+            assert flops(Kept(k)) < by_torch < flops(model.tokens)
 
 
 def test_a_model_of_shapes_counts_the_same() -> None:

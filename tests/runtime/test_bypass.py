@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
@@ -132,44 +131,6 @@ def test_a_block_may_be_replaced_by_its_bypass(model: Model, bank: BypassBank) -
     assert out_BND[0, 0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart-sigma", "pixart-alpha"])
-def test_with_keys_of_all_a_kept_token_comes_out_as_from_the_dense_block(name: str) -> None:
-    model = CASES[name].model()
-    k = model.tokens // 3
-    plan = Plan.from_rows(model, [[Kept(model.tokens), *[Kept(k, 0, "all")] * (model.layer_count - 1)]])
-    steps, dense = {}, {}
-
-    def note(layer, x_BND, out_BND, kept_BK):
-        steps[layer] = (x_BND, out_BND, kept_BK)
-
-    with torch.no_grad(), AppliedPlan(model, plan, "norm", guidance=False) as applied:
-        applied.controller.observer = note
-        model.predict(model.example())
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict, layer: int) -> None:
-        x_BND = steps[layer][0]
-        dense[layer] = type(module).forward(module, **{**kwargs, "hidden_states": x_BND})
-
-    hooks = []
-    for layer in model.layers:
-
-        def hook(module, args, kwargs, index=layer.index, names=layer.arguments):
-            keep(module, (), {**kwargs, **dict(zip(names, args, strict=False))}, index)
-
-        hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-    with torch.no_grad():
-        model.predict(model.example())
-    for handle in hooks:
-        handle.remove()
-    for layer, (x_BND, out_BND, kept_BK) in steps.items():
-        if kept_BK is None:
-            continue
-        index = kept_BK[..., None].expand(-1, -1, x_BND.shape[-1])
-        assert torch.allclose(out_BND.gather(1, index), dense[layer].gather(1, index), atol=1e-5)
-        rejected = torch.ones(x_BND.shape[:2], dtype=torch.bool).scatter(1, kept_BK, False)
-        assert torch.equal(out_BND[rejected], x_BND[rejected])
-
-
 def test_keep_all_is_bit_identical_and_nothing_is_left_behind(model: Model, bank: BypassBank) -> None:
     inputs = model.example()
     before = sorted(name for name, _ in model.module.named_parameters())
@@ -190,13 +151,6 @@ def test_a_plan_without_its_bypass_is_refused(model: Model, bank: BypassBank) ->
     other = Plan.from_rows(model, [[model.tokens, *[Kept(3, 4)] * 3]])
     with pytest.raises(InputError, match="ranks 0, 2, 5"):
         AppliedPlan(model, other, bank)
-
-
-def test_attention_to_all_is_refused_where_the_block_cannot() -> None:
-    model = CASES["sd3"].model()
-    plan = Plan.from_rows(model, [[model.tokens, *[Kept(3, 0, "all")] * (model.layer_count - 1)]])
-    with pytest.raises(InputError, match="attends to all tokens"):
-        AppliedPlan(model, plan, "stride")
 
 
 def test_a_bank_survives_its_file(bank: BypassBank, model: Model, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import shiva_search as ss
 from shiva_search.models.model import Model
+from shiva_search.records.plan import Kept
 from shiva_search.selection.router import Router
 from tests.models.conformance import FAMILY_CASES
 
@@ -37,6 +38,15 @@ def falling(model: Model) -> list[int]:
     return [max(0, model.tokens - 3 * layer) for layer in range(model.layer_count)]
 
 
+def attending(model: Model) -> list[Kept]:
+    """A count of its own for every layer, most of which attend to all."""
+    rest = [Kept(max(2, model.tokens - 3 * layer), 0, "all") for layer in range(1, model.layer_count)]
+    return [
+        Kept(model.tokens),
+        *(k if layer.attends_all else Kept(int(k)) for k, layer in zip(rest, model.layers[1:], strict=True)),
+    ]
+
+
 def at(model: Model, t: float, seed: int) -> dict[str, Any]:
     """Inputs at a normalised time."""
     inputs, name = model.example(seed), model.family.timestep_argument
@@ -46,7 +56,17 @@ def at(model: Model, t: float, seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_planned_model_is_one_graph(name: str) -> None:
     model = CASES[name].model()
-    with ss.apply_plan(model, ss.Plan.from_rows(model, [falling(model)]), Router.for_model(model)):
+    check_one_graph(model, falling(model))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen-image"])
+def test_with_keys_of_all_tokens_it_still_is(name: str) -> None:
+    model = CASES[name].model()
+    check_one_graph(model, attending(model))
+
+
+def check_one_graph(model: Model, row: Sequence[int]) -> None:
+    with ss.apply_plan(model, ss.Plan.from_rows(model, [row]), Router.for_model(model)):
         expected = [model.predict(model.example(seed)) for seed in (1, 2)]
         compiled = torch.compile(model.module, fullgraph=True, dynamic=False, backend="aot_eager")
         found = [compiled(**model.example(1), return_dict=False)[0]]
@@ -88,6 +108,34 @@ def test_one_graph_of_a_block_serves_every_count(name: str) -> None:
         handle.compile(backend="aot_eager")
         model.predict(inputs)
         assert kinds <= graphs() <= 2 * kinds  # a first block may get its tokens as a view of an image
+        with torch._dynamo.config.patch(**ONCE):
+            torch.testing.assert_close(model.predict(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_graph_of_a_block_serves_every_count_that_attends_to_all() -> None:
+    model = CASES["sd3"].model()
+    kinds = len({layer.signature for layer in model.layers})
+    inputs, row = model.example(1), attending(model)
+    with ss.apply_plan(model, ss.Plan.from_rows(model, [row]), Router.for_model(model)) as handle:
+        expected = model.predict(inputs)
+        handle.compile(fullgraph=True, backend="aot_eager")
+        model.predict(inputs)
+        handle.controller.rows = [[row[0], *row[:0:-1]]]  # the same counts for other blocks
+        model.predict(inputs)
+        handle.controller.rows = [row]
+        assert graphs() <= 3 * kinds
+        with torch._dynamo.config.patch(**ONCE):
+            torch.testing.assert_close(model.predict(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["auraflow", "z-image"])
+def test_blocks_of_one_sequence_compile_with_keys_of_all_tokens(name: str) -> None:
+    model = CASES[name].model()
+    inputs = model.example(1)
+    with ss.apply_plan(model, ss.Plan.from_rows(model, [attending(model)]), Router.for_model(model)) as handle:
+        expected = model.predict(inputs)
+        handle.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        model.predict(model.example(2))
         with torch._dynamo.config.patch(**ONCE):
             torch.testing.assert_close(model.predict(inputs), expected, atol=1e-5, rtol=1e-5)
 

@@ -15,6 +15,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -86,9 +87,10 @@ AURAFLOW = Family(
             condition=time_embedding,
             context="encoder_hidden_states",
             returns=("context", "tokens"),
+            keys_of_all=KeysOfAll(),
         ),
         "AuraFlowSingleTransformerBlock": joint_adapter(
-            "AuraFlowSingleTransformerBlock", JointSequence(), condition=time_embedding
+            "AuraFlowSingleTransformerBlock", JointSequence(), condition=time_embedding, keys_of_all=KeysOfAll()
         ),
     },
     block_lists=("joint_transformer_blocks", "single_transformer_blocks"),

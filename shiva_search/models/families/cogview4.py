@@ -10,6 +10,7 @@ import torch
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -69,6 +70,7 @@ COGVIEW4 = Family(
             context="encoder_hidden_states",
             returns=("tokens", "context"),
             gather=keep_rotary_rows,
+            keys_of_all=KeysOfAll(attention=("attn1",), rotary="image_rotary_emb"),
         )
     },
     tokens=_tokens,

@@ -11,6 +11,7 @@ from torch import nn
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -18,7 +19,6 @@ from shiva_search.models.blocks import (
     patches_per_side,
     square_side,
 )
-from shiva_search.models.families.basic_block import attend_all
 from shiva_search.records.workload import Workload
 
 
@@ -77,7 +77,10 @@ DIT = Family(
     model_class="DiTTransformer2DModel",
     adapters={
         "BasicTransformerBlock": BlockAdapter(
-            "BasicTransformerBlock", condition=_condition, gather=keep_masked_columns, attend_all=attend_all
+            "BasicTransformerBlock",
+            condition=_condition,
+            gather=keep_masked_columns,
+            keys_of_all=KeysOfAll(attention=("attn1",)),
         )
     },
     tokens=_tokens,

@@ -14,6 +14,7 @@ import torch
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -66,13 +67,14 @@ def _workload_of(config: Mapping[str, Any], example: Mapping[str, Any], workload
     )  # fmt: skip
 
 
-def _adapter(block_class: str) -> BlockAdapter:
+def _adapter(block_class: str, keys_of_all: KeysOfAll) -> BlockAdapter:
     return BlockAdapter(
         block_class,
         condition=time_embedding,
         context="encoder_hidden_states",
         returns=("context", "tokens"),
         gather=keep_rotary_rows,
+        keys_of_all=keys_of_all,
     )
 
 
@@ -91,7 +93,12 @@ _FLUX_1: dict[str, Any] = {
 FLUX = Family(
     name="flux",
     model_class="FluxTransformer2DModel",
-    adapters={name: _adapter(name) for name in ("FluxTransformerBlock", "FluxSingleTransformerBlock")},
+    adapters={
+        "FluxTransformerBlock": _adapter("FluxTransformerBlock", KeysOfAll(rotary="image_rotary_emb")),
+        "FluxSingleTransformerBlock": _adapter(
+            "FluxSingleTransformerBlock", KeysOfAll("norm", beside=("proj_mlp",), rotary="image_rotary_emb")
+        ),
+    },
     block_lists=("transformer_blocks", "single_transformer_blocks"),
     tokens=_tokens,
     pixels_per_token=lambda config: _PIXELS_PER_TOKEN,

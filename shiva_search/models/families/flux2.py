@@ -15,6 +15,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -90,7 +91,9 @@ FLUX2 = Family(
             context="encoder_hidden_states",
             returns=("context", "tokens"),
             gather=keep_rotary_rows,
+            keys_of_all=KeysOfAll(rotary="image_rotary_emb"),
         ),
+        # One linear layer makes queries, keys, values and the MLP's input: keys of all tokens would save little.
         "Flux2SingleTransformerBlock": joint_adapter(
             "Flux2SingleTransformerBlock",
             JointSequence(),

@@ -15,6 +15,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -96,7 +97,12 @@ LTX = Family(
     name="ltx-video",
     model_class="LTXVideoTransformer3DModel",
     adapters={
-        "LTXVideoTransformerBlock": BlockAdapter("LTXVideoTransformerBlock", condition=_condition, gather=_keep_rows)
+        "LTXVideoTransformerBlock": BlockAdapter(
+            "LTXVideoTransformerBlock",
+            condition=_condition,
+            gather=_keep_rows,
+            keys_of_all=KeysOfAll(attention=("attn1",), rotary="image_rotary_emb"),
+        )
     },
     tokens=_tokens,
     pixels_per_token=lambda config: _PIXELS_PER_TOKEN,

@@ -13,6 +13,7 @@ import torch
 
 from shiva_search.models.blocks import (
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -72,6 +73,7 @@ LUMINA2 = Family(
             JointSequence(mask="attention_mask"),
             condition=time_embedding,
             gather=keep_sequence_rows("image_rotary_emb", "attention_mask"),
+            keys_of_all=KeysOfAll(rotary="image_rotary_emb"),
         )
     },
     block_lists=("layers",),

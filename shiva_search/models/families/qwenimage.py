@@ -12,6 +12,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     PerSampleTable,
     dtype_name,
@@ -83,6 +84,7 @@ QWEN_IMAGE = Family(
             context="encoder_hidden_states",
             returns=("context", "tokens"),
             gather=_keep_image_rows,
+            keys_of_all=KeysOfAll("img_norm1", rotary="image_rotary_emb"),
         )
     },
     tokens=_tokens,

@@ -13,6 +13,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -93,6 +94,7 @@ SD3 = Family(
             condition=time_embedding,
             context="encoder_hidden_states",
             returns=("context", "tokens"),
+            keys_of_all=KeysOfAll(attention=("attn", "attn2"), cuts_by_input=True),
         )
     },
     tokens=_tokens,

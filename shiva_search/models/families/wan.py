@@ -16,6 +16,7 @@ from shiva_search.errors import InputError
 from shiva_search.models.blocks import (
     BlockAdapter,
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -115,7 +116,14 @@ _WAN_2_1: dict[str, Any] = {
 WAN = Family(
     name="wan",
     model_class="WanTransformer3DModel",
-    adapters={"WanTransformerBlock": BlockAdapter("WanTransformerBlock", condition=_condition, gather=_keep_rows)},
+    adapters={
+        "WanTransformerBlock": BlockAdapter(
+            "WanTransformerBlock",
+            condition=_condition,
+            gather=_keep_rows,
+            keys_of_all=KeysOfAll(attention=("attn1",), rotary="rotary_emb"),
+        )
+    },
     block_lists=("blocks",),
     tokens=_tokens,
     pixels_per_token=_pixels_per_token,

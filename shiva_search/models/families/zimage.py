@@ -15,6 +15,7 @@ from torch import nn
 from shiva_search.errors import InputError
 from shiva_search.models.blocks import (
     Family,
+    KeysOfAll,
     Kwargs,
     dtype_name,
     halves_guidance,
@@ -90,6 +91,7 @@ Z_IMAGE = Family(
             JointSequence(image_first=True),
             condition=_condition,
             gather=keep_sequence_rows("freqs_cis", "attn_mask"),
+            keys_of_all=KeysOfAll("attention_norm1", ("attention",), rotary="freqs_cis"),
             tokens="x",
         )
     },
