@@ -100,7 +100,10 @@ def profile(
     seconds: Annotated[float, typer.Option(help="Time to spend measuring.", min=1)] = 60.0,
     bypass: BypassOption = "affine",
     bypass_rank: BypassRankOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder [profiles/<device>/<model>].")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder [profiles/<device>/<model>, and what differs from its default workload]."),
+    ] = None,
     seed: SeedOption = 0,
     resume: ResumeOption = True,
     as_json: JsonOption = False,

@@ -25,6 +25,7 @@ from shiva_search.profiling.sample_log import SampleLog
 from shiva_search.profiling.sampler import Sampler
 from shiva_search.records.plan import row_as_json, row_from_json
 from shiva_search.records.profile import Profile, load_profile
+from shiva_search.records.workload import Workload
 from shiva_search.runtime.apply import remove_plan
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 
@@ -130,7 +131,8 @@ def _found(place: Path | None, model: Model, device: Device) -> Profile | None:
     if place is None or not (place / "profile.json").exists():
         return None
     found = load_profile(place)
-    check_same(found, model, device, f"the profile in {place}")
+    step = "choose another folder with `shiva-search profile --out DIR`, or replace what is there with --no-resume"
+    check_same(found, model, device, f"the profile in {place}", step)
     return found
 
 
@@ -163,22 +165,31 @@ def _header(bench: Bench, flops: ModelFlops, scorer: TokenScorer, seconds: float
     )
 
 
-def check_same(found: Profile, model: Model, device: Device | None, what: str) -> None:
+def check_same(
+    found: Profile,
+    model: Model,
+    device: Device | None,
+    what: str,
+    step: str = "ask for what was recorded, or choose another folder",
+) -> None:
     """Refuse to mix profiles of different things.
 
     Raises:
-        InputError: names what differs.
+        InputError: names what differs, in words.
     """
     fingerprint = model.fingerprint()
     pairs: list[tuple[str, Any, Any]] = [
         (name, found.model.get(name), fingerprint[name]) for name in ("architecture", "config_hash", "tokens")
     ]
-    pairs.append(("workload", dict(found.workload), model.workload.as_dict()))
     if device is not None:
         pairs.append(("device", found.device, device.name))
     differing = [f"{name} {was!r}, not {now!r}" for name, was, now in pairs if was != now]
+    Args:
+        what: the profile, as the user knows it.
+        step: what the user may do next.
+
     if differing:
-        raise InputError(f"{what} is of {'; '.join(differing)}; choose another folder, or profile anew")
+        raise InputError(f"{what} is of {'; '.join(differing)}; {step}")
 
 
 def _attention_backends() -> dict[str, bool]:
@@ -188,6 +199,8 @@ def _attention_backends() -> dict[str, bool]:
         "flash": backends.flash_sdp_enabled(),
         "memory_efficient": backends.mem_efficient_sdp_enabled(),
         "math": backends.math_sdp_enabled(),
+    recorded = Workload.from_dict(dict(found.workload))
+    differing += [f"{was}, not {now}" for was, now in recorded.differences(model.workload)]
         "cudnn": backends.cudnn_sdp_enabled(),
     }
 

@@ -56,6 +56,11 @@ class Workload:
         """JSON-able; `frames` only where it is said, so that files of image models are as they always were."""
         return {name: value for name, value in asdict(self).items() if name != "frames" or value is not None}
 
+    def differences(self, other: Workload) -> list[tuple[str, str]]:
+        """What differs, in words, by field: of this workload and of the other ("batch 2", "batch 4")."""
+        mine, its = asdict(self), asdict(other)
+        return [(_in_words(name, mine[name]), _in_words(name, its[name])) for name in mine if mine[name] != its[name]]
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Workload:
         """Inverse of as_dict.
@@ -67,3 +72,12 @@ class Workload:
             return cls(**values)
         except TypeError as error:
             raise InputError(f"the workload has unknown fields: {error}") from None
+
+
+def _in_words(name: str, value: Any) -> str:
+    name = name.replace("_", " ")
+    if value is None:
+        return f"default {name}"
+    if isinstance(value, bool):
+        return f"{name} {'on' if value else 'off'}"
+    return f"{name} {value}"

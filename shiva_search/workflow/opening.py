@@ -25,7 +25,7 @@ def open_both(
         limited: budget metrics that will be measured on the device.
 
     Raises:
-        ShivaError: no such device or model, or the workload does not fit it.
+        ShivaError: no such device, sensor or model, or the workload does not fit it.
     """
     device = open_device(device_name)
     check_sensors(device, limited)
@@ -36,7 +36,13 @@ def open_both(
 
 
 def profile_folder(device: Device, model: Model, bypass: str = "affine", bypass_rank: int | None = None) -> Path:
-    """Where profiles of the model on the device lie: profiles/<device>/<model>; another bypass has one of its own."""
-    suffix = "" if bypass == "affine" else f".bypass-{bypass}"
+    """Where profiles of the model on the device lie: profiles/<device>/<model>.
+
+    Another workload than the model's default has a folder of its own, and so has another bypass: each value that
+    differs is named behind the model, as in fashion-dit.batch-4.dtype-bfloat16.
+    """
+    others = model.workload.differences(model.family.defaults(model.config))
+    suffix = "".join(f".{here.replace(' ', '-')}" for here, _ in others)
+    suffix += "" if bypass == "affine" else f".bypass-{bypass}"
     suffix += "" if bypass_rank is None else f".rank-{bypass_rank}"
     return Path("profiles") / device.name.replace(":", "-") / f"{Path(model.name).name}{suffix}"

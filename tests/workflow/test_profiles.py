@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from shiva_search.models.model import Model
 from shiva_search.records.files import read_json
 from shiva_search.records.profile import load_profile
 from shiva_search.selection.router import Router
+from shiva_search.workflow.opening import profile_folder
 from shiva_search.workflow.profiles import Costs, take_profile, use_profile
 
 SECONDS = 30.0
@@ -46,6 +48,11 @@ def machine(speed: float = 1.0, **options: int) -> VirtualDevice:
 def take(model: Model, device: VirtualDevice, folder: Path, say: Callable[[str], None] = print, **more: bool) -> Costs:
     options = {"seconds": SECONDS, "seed": 0, "resume": True, "scorer": Router.for_model(model, seed=0), **more}
     return take_profile(model, device, folder, progress=say, clock=device.clock, **options)  # type: ignore[arg-type]
+
+
+def changed(model: Model, **workload: object) -> Model:
+    """The model under another workload."""
+    return replace(model, workload=model.workload.override(**workload))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -138,12 +145,34 @@ def test_a_named_profile_of_another_device_model_or_state_is_refused(model: Mode
 
 
 def test_a_recording_is_never_checked(model: Model, recorded: tuple[Path, float], folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is of batch 2, not batch 4; compile off, not compile on; ask for") as refusal:
+        use_profile(changed(model, batch=4, compile=True), machine(), folder, **options)  # type: ignore[arg-type]
+    assert "{" not in str(refusal.value)
     scorer = Router.for_model(model, seed=0)
     device = open_device(f"replay:{folder}")  # has no clock: measuring would raise
     for costs in (
         use_profile(model, device, folder, scorer=scorer, progress=print),
         take_profile(model, device, tmp_path / "copy", seconds=5, seed=0, resume=True, scorer=scorer, progress=print),
         take_profile(model, device, tmp_path / "copy", seconds=5, seed=0, resume=True, scorer=scorer, progress=print),
+def test_a_folder_of_another_workload_says_what_differs_and_what_to_do(model: Model, folder: Path) -> None:
+    before = content(folder)
+    other = changed(model, batch=4, threads=1)
+    differing = "batch 2, not batch 4; default threads, not threads 1; .*profile --out DIR.*--no-resume"
+    with pytest.raises(InputError, match=differing):
+        take(other, machine(), folder)
+    assert content(folder) == before
+
+
+def test_every_workload_has_a_folder_of_its_own(model: Model) -> None:
+    device = open_device("cpu")
+    assert profile_folder(device, model) == Path("profiles/cpu/small")
+    assert profile_folder(device, changed(model, batch=model.workload.batch)) == Path("profiles/cpu/small")
+    other = changed(model, batch=4, dtype="bfloat16", resolution=16, guidance=False, compile=True, threads=2)
+    assert profile_folder(device, other, "affine", 8).name == (
+        "small.batch-4.dtype-bfloat16.resolution-16.guidance-off.compile-on.threads-2.rank-8"
+    )
+
+
     ):
         assert costs.drift is None
         assert costs.model.dense.latency_ms == recorded[1]
