@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,10 @@ def test_a_budget_below_the_floor_names_the_floor(
 ) -> None:
     monkeypatch.chdir(run.parent.parent)
     assert call("optimize", "--model", str(folder), "--max-latency", "0.01ms", "--out", "reports/low", *FAST) == 3
-    assert "floor" in capsys.readouterr().err
-    assert not (run.parent / "low" / "plan.json").exists()
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "floor of" in line and "(predicted, 90 % interval" in line
+    assert "--min-keep" not in line
+    assert not (run.parent / "low").exists()
 
 
 def test_a_budget_that_dense_meets_returns_the_dense_plan(
@@ -155,13 +158,32 @@ def test_a_budget_that_dense_meets_returns_the_dense_plan(
     assert summary["note"]
 
 
-def test_energy_without_a_sensor_is_refused(
-    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_measuring_what_no_sensor_here_shows_is_refused_before_it_begins(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from shiva_search.devices import open_device
 
     if any(sensor.what == "energy_j" and sensor.available for sensor in open_device("cpu").sensors()):
         pytest.skip("this machine has an energy sensor")
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    stored = json.loads((copy / "run.json").read_text())
+    stored["settings"]["budget"] = {"energy_j": "2J"}
+    (copy / "run.json").write_text(json.dumps(stored))
     monkeypatch.chdir(run.parent.parent)
-    assert call("optimize", "--model", str(folder), "--max-energy", "60%", "--out", "reports/energy", *FAST) == 4
-    assert "energy" in capsys.readouterr().err
+    assert call("measure", str(copy)) == 4
+    [line] = capsys.readouterr().err.splitlines()
+    assert "energy budget needs a sensor" in line
+
+
+def test_energy_without_a_sensor_is_refused_before_anything_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from shiva_search.devices import open_device
+
+    if any(sensor.what == "energy_j" and sensor.available for sensor in open_device("cpu").sensors()):
+        pytest.skip("this machine has an energy sensor")
+    monkeypatch.chdir(tmp_path)
+    assert call("optimize", "--model", str(folder), "--max-energy", "60%", *FAST) == 4
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: an energy budget needs a sensor that cpu does not have (RAPL")
+    assert not list(tmp_path.iterdir())

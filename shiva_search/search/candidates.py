@@ -69,6 +69,8 @@ class Space:
         cost: by metric (SUMS and "memory_mib"), by layer: cost of each choice.
         fixed: by metric: what no choice changes.
         limits: absolute limits by budget metric.
+        spread: by metric: low and high end of a prediction's interval, as shares of the prediction, where known. Said
+            with a floor; it decides nothing, so it is no part of the problem (as_dict).
     """
 
     tokens: int
@@ -78,6 +80,7 @@ class Space:
     cost: Mapping[str, tuple[tuple[float, ...], ...]]
     fixed: Mapping[str, float]
     limits: Mapping[str, float] = field(default_factory=dict)
+    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict, compare=False)
 
     @property
     def segments(self) -> int:
@@ -299,7 +302,13 @@ def priced(space: Space, cost: PlanCost, limits: Mapping[str, float]) -> Space:
             tables[metric] = tuple(
                 tuple(_known(cost, metric, layer, k) for k in ks) for layer, ks in enumerate(space.choices)
             )
-    return replace(space, cost=tables, fixed=fixed, limits=dict(limits))
+    return replace(space, cost=tables, fixed=fixed, limits=dict(limits), spread=_spread(cost.dense))
+
+
+def _spread(dense: CostEstimate) -> dict[str, tuple[float, float]]:
+    if not dense.latency_ms or dense.latency_ms_low is None or dense.latency_ms_high is None:
+        return {}
+    return {"latency_ms": (dense.latency_ms_low / dense.latency_ms, dense.latency_ms_high / dense.latency_ms)}
 
 
 def _known(cost: PlanCost, metric: str, layer: int, k: int) -> float:

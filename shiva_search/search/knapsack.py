@@ -27,6 +27,8 @@ _SAID = {
     "gflops": ("FLOP", "GFLOP"),
     "mean_keep": ("mean keep", ""),
 }
+#: What the profile measured and the cost model predicts; operations and tokens are counted.
+_PREDICTED = ("latency_ms", "energy_j", "power_w", "memory_mib")
 #: HiGHS holds constraints to 1e-6 in absolute terms; in these units that is far below the tolerance of the space.
 _SCALE = 1e4
 
@@ -118,26 +120,48 @@ def explain(space: Space) -> InfeasibleBudgetError:
         plan_P = cheapest(alone, metric)
         assert plan_P is not None  # nothing else is limited
         if alone.excess(plan_P[None]).popitem()[1][0] > 0:
-            value = float(alone.total(metric, plan_P[None])[0])
-            return infeasible(metric, space.limits[metric], value, describe(space, plan_P))
+            return infeasible(space, metric, plan_P, describe(space, plan_P))
     for metric in space.limits:
         plan_P = cheapest(space, metric)
         if plan_P is not None:
             others = ", ".join(_SAID[name][0] for name in space.limits if name != metric)
-            value = float(space.total(metric, plan_P[None])[0])
-            where = f"{describe(space, plan_P)}, with the budget on {others} held"
-            return infeasible(metric, space.limits[metric], value, where)
+            return infeasible(space, metric, plan_P, f"{describe(space, plan_P)}, with the budget on {others} held")
     named = ", ".join(f"{_SAID[metric][0]} {said(metric, limit)}" for metric, limit in space.limits.items())
     return InfeasibleBudgetError(f"no plan holds these budgets together: {named}; raise two of them or drop one")
 
 
-def infeasible(metric: str, limit: float, least: float, where: str) -> InfeasibleBudgetError:
-    """The refusal that names budget, floor and next step."""
+def infeasible(space: Space, metric: str, plan_P: Ints, where: str) -> InfeasibleBudgetError:
+    """The refusal that names budget, floor and next step.
+
+    Args:
+        plan_P: the plan at the floor [P].
+        where: that plan in words.
+    """
+    least = float(space.total(metric, plan_P[None])[0])
+    if metric in space.spread:
+        low, high = (said(metric, least * share) for share in space.spread[metric])
+        where = f"predicted, 90 % interval {low} to {high}; {where}"
+    elif metric in _PREDICTED:
+        where = f"predicted; {where}"
+    more = " or allow fewer tokens with a lower --min-keep" if _fewer_may_do(space, metric) else ""
     return InfeasibleBudgetError(
-        f"{_SAID[metric][0]} budget {said(metric, limit)} is below this model's floor of "
-        f"{said(metric, least, up=True)} "
-        f"({where}). Raise {option_name(metric)} or allow fewer tokens with --min-keep."
+        f"{_SAID[metric][0]} budget {said(metric, space.limits[metric])} is below this model's floor of "
+        f"{said(metric, least, up=True)} ({where}). Raise {option_name(metric)}{more}."
     )
+
+
+def _fewer_may_do(space: Space, metric: str) -> bool:
+    """Whether only a --min-keep rules out skipping blocks, and skipping all that may be would hold the limit."""
+    if not len(space.free) or (space.kept[space.free, 0] == 0).any():
+        return False
+    held = np.flatnonzero(space.sizes == 1)
+
+    def left(name: str) -> float:
+        costs = space.tables[name][held, 0]
+        return space.fixed[name] + float(costs.max() if name == "memory_mib" else costs.sum())
+
+    least = 1e3 * left("energy_j") / left("latency_ms") if metric == "power_w" else left(metric)
+    return least <= space.limits[metric]
 
 
 def said(metric: str, value: float, up: bool = False) -> str:

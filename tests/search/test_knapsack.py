@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiva_search.errors import InfeasibleBudgetError, InputError, UnavailableError
-from shiva_search.records.budget import Budget
+from shiva_search.records.budget import Budget, option_name
 from shiva_search.search.candidates import Space, build_space
 from shiva_search.search.knapsack import cheapest, explain, floor, solve, solve_front
 
@@ -134,6 +134,34 @@ def test_the_message_names_budget_floor_and_option_and_the_named_floor_is_feasib
     assert refusal.value.exit_code == 3
     again = build_space(model, cost, Budget(latency_ms=named_floor(message)))
     assert solve(again, np.zeros(again.kept.shape)).error == 0.0
+
+
+def test_a_predicted_floor_says_so_with_its_interval(model, cost) -> None:
+    def refusal(**limit: float) -> str:
+        return str(explain(build_space(model, cost, Budget(**limit))))
+
+    # 0.5 ms beside the blocks, 2.2992 ms the first block; the interval is 3 % wide on each side.
+    assert "floor of 2.800 ms (predicted, 90 % interval 2.715 ms to 2.883 ms; every layer" in refusal(latency_ms=1.0)
+    assert "(predicted; every layer" in refusal(energy_j=0.001)
+    assert "predicted" not in refusal(mean_keep=0.1)
+    assert "predicted" not in refusal(gflops=0.01)
+
+
+@pytest.mark.parametrize(
+    ("min_keep", "limit", "helps"),
+    [
+        (None, {"latency_ms": 1.0}, False),  # nothing is excluded that could be allowed
+        (0.5, {"latency_ms": 5.0}, True),
+        (0.5, {"latency_ms": 2.0}, False),  # the first layer, which keeps all, is above it alone
+        (0.5, {"memory_mib": 20.0}, False),
+        (0.5, {"mean_keep": 0.3}, True),
+        (0.5, {"mean_keep": 0.1}, False),
+    ],
+)
+def test_fewer_tokens_are_advised_only_where_they_can_help(model, cost, min_keep, limit, helps) -> None:
+    message = str(explain(build_space(model, cost, Budget(**limit), min_keep=min_keep)))
+    assert ("--min-keep" in message) is helps
+    assert message.endswith(f". Raise {option_name(*limit)}{' or allow fewer tokens with a lower --min-keep' * helps}.")
 
 
 @pytest.mark.parametrize(
