@@ -14,6 +14,7 @@ from torch import nn
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.models.blocks import Family
 from shiva_search.models.families import FAMILIES, REFUSED, family_of
+from shiva_search.models.hub import why_unreachable
 from shiva_search.models.model import Batch, Model, stratified_times
 from shiva_search.records.files import read_json
 from shiva_search.records.workload import Workload
@@ -112,40 +113,45 @@ def _read_transformer(source: str | Path) -> nn.Module:
     """
     import diffusers
 
-    config, subfolder = _read_config(source)
+    config, place = _read_config(source)
     class_name = str(config.get("_class_name", ""))
     family = family_of(class_name)
     if family is None:
         raise _no_adapter(class_name, str(source))
     try:
-        module: nn.Module = getattr(diffusers, family.model_class).from_pretrained(str(source), subfolder=subfolder)
+        module: nn.Module = getattr(diffusers, family.model_class).from_pretrained(str(source), **place)
     except (OSError, ValueError, RuntimeError) as error:
         raise UnavailableError(f"cannot load the weights in {source}: {_first_line(error)}") from error
     return module
 
 
-def _read_config(source: str | Path) -> tuple[Mapping[str, Any], str | None]:
-    """config.json of a transformer, and the subfolder it lies in."""
+def _read_config(source: str | Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """config.json of a transformer, and where it lies, as diffusers takes it: subfolder, local_files_only."""
     for subfolder in ("transformer", None):
         path = Path(source) / (subfolder or "") / "config.json"
         if path.is_file():
-            return read_json(path, "model configuration"), subfolder
+            return read_json(path, "model configuration"), {"subfolder": subfolder}
     if Path(source).exists() or str(source).count("/") != 1:
         raise UnavailableError(
             f"unknown model {str(source)!r}: neither a name that `shiva-search models` lists nor a folder with a "
             "transformer in diffusers format (config.json and safetensors) nor a hub id (owner/name)"
         )
-    from diffusers import ConfigMixin
+    from huggingface_hub import hf_hub_download
 
-    class AnyConfig(ConfigMixin):
-        config_name = "config.json"
-
+    offline = why_unreachable()
     problems = []
     for subfolder in ("transformer", None):
+        place: dict[str, Any] = {"subfolder": subfolder, "local_files_only": offline is not None}
         try:
-            return AnyConfig.load_config(str(source), subfolder=subfolder), subfolder
+            path = Path(hf_hub_download(str(source), "config.json", **place))
+            return read_json(path, "model configuration"), place
         except (OSError, ValueError) as error:
             problems.append(_first_line(error))
+    if offline is not None:
+        raise UnavailableError(
+            f"{str(source)!r} is no folder here and not in the hub's cache, and the hub could not be reached "
+            f"({offline}); give the folder of a downloaded copy, or try again with a network"
+        )
     raise UnavailableError(
         f"{str(source)!r} is no folder here, and the hub does not give its transformer ({problems[0]}); "
         "check the name and the network, or download it and give the folder"

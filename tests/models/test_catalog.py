@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 import shiva_search as ss
@@ -132,10 +134,36 @@ def test_resolutions_a_model_cannot_have_are_refused(name: str, workload: dict[s
 def test_unknown_names_say_what_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="shiva-search models"):
         load_model("fashion-dti")
-    with pytest.raises(UnavailableError, match="hub"):
-        load_model("nobody/no-such-model")
     with pytest.raises(UnavailableError, match="folder with a transformer"):
         load_model(str(tmp_path))
+
+
+def test_a_hub_that_is_not_there_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UnavailableError, match="not in the hub's cache.*HF_HUB_OFFLINE is set.*give the folder"):
+        load_model("nobody/no-such-model")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(
+            UnavailableError, match="could not be reached .http://127.0.0.1.*give the folder"
+        ) as refusal:
+            load_model("nobody/no-such-model")
+    assert "\n" not in str(refusal.value)
+    assert "Retrying" not in caplog.text
+
+
+def test_a_copy_in_the_cache_of_the_hub_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, commit = FAMILY_CASES[0], "0" * 40
+    repository = tmp_path / "models--someone--model"
+    case.module().save_pretrained(repository / "snapshots" / commit / "transformer")  # type: ignore[operator]
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found = load_model("someone/model", **case.workload)
+    assert found.fingerprint() == {**case.model().fingerprint(), "name": "someone/model"}
 
 
 def test_a_class_without_adapter_is_refused(tmp_path: Path) -> None:
