@@ -102,7 +102,7 @@ def profile_model(
             if place is not None and len(sampler.rounds) % _SAVE_EVERY == 1:
                 bench.assemble(header, flops, sampler.finish()).save_estimates(place)
             if len(sampler.rounds) % _SAVE_EVERY == 1:
-                say(f"{sampler.elapsed_s:.0f} of {seconds:.0f} s, {bench.open_count()} cells open")
+                say(_how_far(sampler, seconds, bench.open_count()))
 
         try:
             if place is not None:
@@ -120,6 +120,17 @@ def profile_model(
     if place is not None:
         found.save(place)
     return found
+
+
+def _how_far(sampler: Sampler, seconds: float, still_open: int) -> str:
+    """One line of progress; past the time asked, what is still waited for."""
+    if sampler.elapsed_s <= seconds:
+        return f"{sampler.elapsed_s:.0f} of {seconds:.0f} s, {still_open} cells open"
+    over = f"the {seconds:g} s asked for are over ({sampler.elapsed_s:.0f} s by now)"
+    unseen = sum(not samples for samples in sampler.samples.values())
+    if not unseen:
+        return f"{over}; every cell has a sample now"
+    return f"{over}; finishing the first samples, which every cell gets: {unseen} of {len(sampler.samples)} to go"
 
 
 def _found(place: Path | None, model: Model, device: Device) -> Profile | None:
@@ -174,6 +185,10 @@ def check_same(
 ) -> None:
     """Refuse to mix profiles of different things.
 
+    Args:
+        what: the profile, as the user knows it.
+        step: what the user may do next.
+
     Raises:
         InputError: names what differs, in words.
     """
@@ -184,10 +199,8 @@ def check_same(
     if device is not None:
         pairs.append(("device", found.device, device.name))
     differing = [f"{name} {was!r}, not {now!r}" for name, was, now in pairs if was != now]
-    Args:
-        what: the profile, as the user knows it.
-        step: what the user may do next.
-
+    recorded = Workload.from_dict(dict(found.workload))
+    differing += [f"{was}, not {now}" for was, now in recorded.differences(model.workload)]
     if differing:
         raise InputError(f"{what} is of {'; '.join(differing)}; {step}")
 
@@ -199,8 +212,6 @@ def _attention_backends() -> dict[str, bool]:
         "flash": backends.flash_sdp_enabled(),
         "memory_efficient": backends.mem_efficient_sdp_enabled(),
         "math": backends.math_sdp_enabled(),
-    recorded = Workload.from_dict(dict(found.workload))
-    differing += [f"{was}, not {now}" for was, now in recorded.differences(model.workload)]
         "cudnn": backends.cudnn_sdp_enabled(),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -158,6 +159,18 @@ def test_a_complete_profile_is_returned_and_a_foreign_one_refused(tiny_model: Mo
     )
     assert device.runs > runs
     assert [row.tokens_kept for row in anew.rows if row.attend == "kept"] == [0, 64, 256]
+
+
+def test_a_profile_past_its_time_says_what_it_waits_for(tiny_model: Model) -> None:
+    device, said = machine(speed=lambda now_s: 100.0), []
+    profile_model(tiny_model, device, seconds=1.5, clock=device.clock, progress=said.append)
+    over = [line for line in said if line.startswith("the 1.5 s asked for are over")]
+    left = [re.search(r"(\d+) of (\d+) to go", line) for line in over]
+    assert any(left) and all(0 < int(found[1]) < int(found[2]) for found in left if found)
+    assert all(found or line.endswith("every cell has a sample now") for line, found in zip(over, left, strict=True))
+    for line in said:
+        counted = re.match(r"(\d+) of (\d+) s", line)
+        assert counted is None or int(counted[1]) <= int(counted[2]), line
 
 
 def test_an_interrupted_profile_goes_on_where_it_stopped(tiny_model: Model, tmp_path: Path) -> None:
