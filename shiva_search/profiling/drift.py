@@ -24,6 +24,7 @@ from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 
 TOLERANCE = 0.05  # relative change of a ratio that is not worth a new profile, beyond what both intervals allow
 _SAME_CLOCK = 0.03  # relative change of the absolute level that is not worth a rescaling
+FAR = 0.25  # relative change of the level beyond which a rescaled profile is doubtful: the machine is not as it was
 _BLOCK_SHARES = (0.25, 0.5, 0.75)  # of the tokens: counts checked per signature, next to the dense block
 _PLANS_CHECKED = 2
 _SECOND_LOOK = 3  # times as long again before a change is believed: a disturbance passes, a change stays
@@ -53,6 +54,11 @@ class Drift:
     def largest(self) -> tuple[str, float] | None:
         """The cell whose ratio changed most, and by how much; None where there was none to compare."""
         return max(self.changes.items(), key=lambda item: abs(item[1]), default=None)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the level moved so far, up or down, that rescaling is doubtful."""
+        return abs(math.log(self.scale)) > math.log(1 + FAR)
 
     def describe(self) -> str:
         """One line for the user, with the next step."""

@@ -111,7 +111,8 @@ def take_profile(
     profile = measured(again=not resume)
     figures, level = None, profile
     if known:
-        drift = _checked(model, device, profile, scorer, min(CHECK_SECONDS, max(1.0, seconds / 10)), progress, clock)
+        check_s = min(CHECK_SECONDS, max(1.0, seconds / 10))
+        drift = _checked(model, device, profile, scorer, check_s, progress, clock, "--no-resume")
         level = drift.profile
         if drift.verdict == "profile again":
             progress("its ratios are no longer this device's: profiling again")
@@ -146,11 +147,12 @@ def use_profile(
     check_same(profile, model, None if _is_recording(device) else device, f"the profile in {folder}")
     if _is_recording(device):
         return Costs(fit_cost_model(profile))
-    drift = _checked(model, device, profile, scorer, CHECK_SECONDS, progress, clock)
+    anew = f"`shiva-search profile --no-resume --out {folder}`"
+    drift = _checked(model, device, profile, scorer, CHECK_SECONDS, progress, clock, anew)
     if drift.verdict == "profile again":
         progress(
             f"warning: the ratios in {folder} are no longer this device's, so predictions will miss; take a new "
-            f"profile with `shiva-search profile --no-resume --out {folder}`, or leave out --profile"
+            f"profile with {anew}, or leave out --profile"
         )
     return Costs(fit_cost_model(drift.profile), _figures(drift, otherwise="predictions may miss"))
 
@@ -163,10 +165,17 @@ def _checked(
     seconds: float,
     progress: Progress,
     clock: Callable[[], float],
+    anew: str,
 ) -> Drift:
+    """The quick check, said to the user; `anew`: what takes a new profile."""
     progress("checking a few cells of the profile again")
     drift = check_drift(model, profile, device, scorer=scorer, seconds=seconds, clock=clock)
     progress(drift.describe())
+    if drift.verdict == "rescale" and drift.is_far:
+        progress(
+            f"warning: this machine is not as it was when the profile was taken ({drift.scale:.2f} times its latency): "
+            f"is it busy, or at another clock? If it stays so, take a new profile with {anew}"
+        )
     return drift
 
 

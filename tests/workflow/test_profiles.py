@@ -78,10 +78,15 @@ def test_another_clock_rescales_and_leaves_what_was_measured(
     model: Model, recorded: tuple[Path, float], folder: Path
 ) -> None:
     before = load_profile(folder)
+    said: list[str] = []
+    take(model, machine(1.15), folder, said.append)
+    assert "latencies were rescaled" in said[-1]
     for _ in range(2):  # the factor is on what was measured, so it does not grow from check to check
-        costs = take(model, machine(1.5), folder)
+        costs = take(model, machine(1.5), folder, said.append)
         assert costs.drift is not None and costs.drift["verdict"] == "rescale"
         assert costs.drift["scale"] == pytest.approx(1.5, rel=0.03)
+        assert "latencies were rescaled" in said[-2]
+        assert said[-1].startswith("warning: this machine is not as it was") and "with --no-resume" in said[-1]
         assert costs.model.dense.latency_ms == pytest.approx(1.5 * recorded[1], rel=0.03)
     after = load_profile(folder)
     assert (after.rows, after.forwards, after.dense) == (before.rows, before.forwards, before.dense)
@@ -117,12 +122,14 @@ def test_a_named_profile_is_checked_and_its_folder_left_alone(
 ) -> None:
     before = content(folder)
     said: list[str] = []
-    slow, other = machine(1.5), machine(tile=128)
+    slow, other = machine(0.7), machine(tile=128)
     costs = use_profile(
         model, slow, folder, scorer=Router.for_model(model, seed=0), progress=said.append, clock=slow.clock
     )
-    assert costs.model.dense.latency_ms == pytest.approx(1.5 * recorded[1], rel=0.03)
-    assert not [line for line in said if "warning" in line]
+    assert costs.model.dense.latency_ms == pytest.approx(0.7 * recorded[1], rel=0.03)
+    [warning] = [line for line in said if line.startswith("warning: ")]
+    assert "not as it was" in warning and f"shiva-search profile --no-resume --out {folder}" in warning
+    said.clear()
     costs = use_profile(
         model, other, folder, scorer=Router.for_model(model, seed=0), progress=said.append, clock=other.clock
     )
@@ -138,22 +145,15 @@ def test_a_named_profile_of_another_device_model_or_state_is_refused(model: Mode
         use_profile(model, open_device("cpu"), folder, **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="config_hash"):
         use_profile(small_dit(layers=2), machine(), folder, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="is of batch 2, not batch 4; compile off, not compile on; ask for") as refusal:
+        use_profile(changed(model, batch=4, compile=True), machine(), folder, **options)  # type: ignore[arg-type]
+    assert "{" not in str(refusal.value)
     header = (folder / "profile.json").read_text()
     (folder / "profile.json").write_text(header.replace('"complete": true', '"complete": false'))
     with pytest.raises(InputError, match="interrupted"):
         use_profile(model, machine(), folder, **options)  # type: ignore[arg-type]
 
 
-def test_a_recording_is_never_checked(model: Model, recorded: tuple[Path, float], folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is of batch 2, not batch 4; compile off, not compile on; ask for") as refusal:
-        use_profile(changed(model, batch=4, compile=True), machine(), folder, **options)  # type: ignore[arg-type]
-    assert "{" not in str(refusal.value)
-    scorer = Router.for_model(model, seed=0)
-    device = open_device(f"replay:{folder}")  # has no clock: measuring would raise
-    for costs in (
-        use_profile(model, device, folder, scorer=scorer, progress=print),
-        take_profile(model, device, tmp_path / "copy", seconds=5, seed=0, resume=True, scorer=scorer, progress=print),
-        take_profile(model, device, tmp_path / "copy", seconds=5, seed=0, resume=True, scorer=scorer, progress=print),
 def test_a_folder_of_another_workload_says_what_differs_and_what_to_do(model: Model, folder: Path) -> None:
     before = content(folder)
     other = changed(model, batch=4, threads=1)
@@ -173,6 +173,13 @@ def test_every_workload_has_a_folder_of_its_own(model: Model) -> None:
     )
 
 
+def test_a_recording_is_never_checked(model: Model, recorded: tuple[Path, float], folder: Path, tmp_path: Path) -> None:
+    scorer = Router.for_model(model, seed=0)
+    device = open_device(f"replay:{folder}")  # has no clock: measuring would raise
+    for costs in (
+        use_profile(model, device, folder, scorer=scorer, progress=print),
+        take_profile(model, device, tmp_path / "copy", seconds=5, seed=0, resume=True, scorer=scorer, progress=print),
+        take_profile(model, device, tmp_path / "copy", seconds=5, seed=0, resume=True, scorer=scorer, progress=print),
     ):
         assert costs.drift is None
         assert costs.model.dense.latency_ms == recorded[1]
