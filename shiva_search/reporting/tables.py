@@ -28,6 +28,7 @@ from shiva_search.reporting.words import (
     cost_in_words,
     error_in_words,
     limits_in_words,
+    number,
     part_of,
     percent,
     plan_in_words,
@@ -194,13 +195,7 @@ def closing_table(summary: Summary, plan: Plan | None = None, files: Sequence[Pa
     named = [f"{UNITS[f][0] if f in UNITS else 'mean keep'} at most {text}" for f, text in limits.items()]
     rows.append(("budget", ", ".join(named) or "none set"))
     for part in ("predicted", "measured"):
-        ratio = ratio_of(summary, part)
-        relative = f"\n{percent(ratio)} of dense" if ratio else ""
-        if part == "measured" and ratio:
-            relative += f", {1 / ratio:.2f} times as fast"
-            if summary.get("holds") is not None:
-                relative += ": the budget holds" if summary["holds"] else ": the budget is broken"
-        rows.append((part, costs(part) + relative))
+        rows.append((part, costs(part) + _share_of_dense(summary, part)))
     split = f" on {summary['error_split']} images" if summary.get("error_split") else ""
     meaning = f"{split} (squared difference to the dense output, normalised; 0 is dense)"
     rows.append(("error", error_in_words(summary, notes) + (meaning if summary.get("error") is not None else "")))
@@ -220,3 +215,19 @@ def closing_table(summary: Summary, plan: Plan | None = None, files: Sequence[Pa
     if note := summary.get("note"):
         table.add_row("note", Text(note))
     return table
+
+
+def _share_of_dense(summary: Summary, part: str) -> str:
+    """A line on a part's latency relative to dense: the machine's speed, then or now, is not in it."""
+    ratio, predicted = ratio_of(summary, part), ratio_of(summary, "predicted")
+    if not ratio:
+        return ""
+    if part == "predicted":
+        dense_ms = part_of(summary, part).get("dense_latency_ms")
+        then = f", which the profile puts at {number(dense_ms)} ms" if dense_ms else ""
+        return f"\n{percent(ratio)} of dense{then}"
+    foreseen = f"predicted {percent(predicted)}, measured " if predicted else ""
+    text = f"\n{foreseen}{percent(ratio)} of dense, {1 / ratio:.2f} times as fast"
+    if summary.get("holds") is not None:
+        text += ": the budget holds" if summary["holds"] else ": the budget is broken"
+    return text

@@ -117,8 +117,15 @@ class TestClosingTable:
         assert rows["predicted"].startswith("114.0 ms (110.3 to 117.9),")
         assert rows["measured"].startswith("116.1 ms (114.9 to 117.2),")
         assert rows["measured"].endswith("64.3 % of dense, 1.56 times as fast: the budget holds")
+        assert "predicted 63.1 %, measured 64.3 % of dense" in rows["measured"]
         assert rows["error"].startswith("0.0417 on evaluation images")
         assert rows["files written"] == "reports/demo/: plan.json, report.html"
+
+    def test_shares_are_of_the_dense_model_of_each_measurement(self, run: RunFiles) -> None:
+        predicted = {**run.summary["predicted"], "latency_ms": 60.0, "dense_latency_ms": 100.0}  # a faster machine's
+        rows = printed({**run.summary, "predicted": predicted})
+        assert rows["predicted"].endswith("60 % of dense, which the profile puts at 100.0 ms")
+        assert "predicted 60 %, measured 64.3 % of dense" in rows["measured"]
 
     def test_missing_figures_are_dashes_with_one_footnote_per_reason(self, run: RunFiles) -> None:
         rows = printed(run.summary, run.plan)
