@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shiva_search.cli import main
+from shiva_search.cli import app, main
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -115,19 +115,18 @@ def test_devices_say_why_a_sensor_is_missing(capsys: pytest.CaptureFixture[str])
             assert sensor["how"]
 
 
+COMMANDS = ["profile", "optimize", "train", "measure", "compare", "report", "generate", "worker", "devices", "models"]
+
+
+def test_the_readme_lists_every_command() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme.partition("| command | what it does |\n|---|---|\n")[2].partition("\n\n")[0]
+    listed = [line.split("`")[1].split()[0] for line in table.splitlines()]
+    assert listed == COMMANDS == [command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (
-        "profile",
-        "optimize",
-        "train",
-        "measure",
-        "compare",
-        "report",
-        "generate",
-        "worker",
-        "devices",
-        "models",
-    ):
+    for command in COMMANDS:
         code, out, _ = run(capsys, command, "--help")
         assert code == 0
         assert f"Example: shiva-search {command}" in " ".join(out.split())
