@@ -19,6 +19,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,10 @@ class Bench:
             drawn = sample(velocity_of(self.model.module), labels, SAMPLER_STEPS, GUIDANCE_SCALE, generator)
         return score_samples(drawn, labels)
 
-    def compare(self, share: float, selectors: dict[str, Selector], costs: dict[str, CostModel]) -> dict[str, Any]:
+    def compare(self, share: float, selectors: dict[str, Selector], cost: Callable[[str], CostModel]) -> dict[str, Any]:
         """Errors and measured shares of the best plan of each variant, before training at the plan."""
         plans = {
-            name: self.plan(selectors[name], costs[name], share, "kept" if name == "identity" else "free")
+            name: self.plan(selectors[name], cost(name), share, "kept" if name == "identity" else "free")
             for name in VARIANTS
         }
         measured = self.shares(list(plans.values()), [selectors[name] for name in VARIANTS])
@@ -145,9 +146,9 @@ class Bench:
         row["affine_untrained"] = self.error(plans["affine"], selectors["closed form"])
         return row
 
-    def attention(self, share: float, bank: Selector, cost: CostModel) -> dict[str, Any]:
+    def attention(self, share: float, bank: Selector, cost: Callable[[str], CostModel]) -> dict[str, Any]:
         """The best plan with and without attention to all tokens, both with bypasses."""
-        plans = {mode: self.plan(bank, cost, share, mode) for mode in ("kept", "free")}
+        plans = {mode: self.plan(bank, cost("affine"), share, mode) for mode in ("kept", "free")}
         measured = self.shares(list(plans.values()), [bank, bank])
         return {
             "latency_share": share,
@@ -209,14 +210,14 @@ def main() -> None:
             )[0]  # fmt: skip
         notes.once(
             f"compare {share}",
-            lambda share=share: bench.compare(share, selectors, {name: cost(name) for name in VARIANTS}),
+            partial(bench.compare, share, selectors, cost),
         )
     for share in options.attend:
         notes.once(
-            f"attend {share}", lambda share=share: bench.attention(share, selectors["affine"], cost("affine"))
+            f"attend {share}", partial(bench.attention, share, selectors["affine"], cost)
         )  # fmt: skip
     curves = {
-        mode: notes.once(f"curves {mode}", lambda mode=mode: bench.curves(selectors["affine"], mode))
+        mode: notes.once(f"curves {mode}", partial(bench.curves, selectors["affine"], mode))
         for mode in (("kept", "all") if options.attend else ())
     }
     for share in options.shares if options.train_steps else ():
@@ -225,16 +226,14 @@ def main() -> None:
             if not path.is_file():
                 bench.trained(plan, selectors[name], options.train_steps).save(path)
             tuned = load_selector(path)
-            notes.once(f"trained {name} {share}", lambda plan=plan, tuned=tuned: bench.error(plan, tuned))
+            notes.once(f"trained {name} {share}", partial(bench.error, plan, tuned))
     if options.samples:
-        notes.once("images dense", lambda: bench.images(Plan.dense(model), "stride", options.samples))
+        notes.once("images dense", partial(bench.images, Plan.dense(model), "stride", options.samples))
         for share in options.shares:
             for name in VARIANTS:
-                plan, tuned = Plan.from_file(folder / f"{name}-{share}.json"), folder / f"{name}-{share}.safetensors"
-                notes.once(
-                    f"images {name} {share}",
-                    lambda plan=plan, tuned=tuned: bench.images(plan, load_selector(tuned), options.samples),
-                )
+                plan = Plan.from_file(folder / f"{name}-{share}.json")
+                tuned = load_selector(folder / f"{name}-{share}.safetensors")
+                notes.once(f"images {name} {share}", partial(bench.images, plan, tuned, options.samples))
     rows = []
     for share in options.shares:
         row = dict(notes.found[f"compare {share}"])
