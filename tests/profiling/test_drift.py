@@ -42,7 +42,7 @@ def test_every_signature_and_whole_plans_are_checked(two_kinds: Model, profile: 
     drift = check_drift(two_kinds, profile, device, clock=device.clock)
     tokens = two_kinds.tokens
     for signature in dict.fromkeys(profile.layers):
-        counts = {int(key.split()[-1]) for key in drift.changes if signature in key}
+        counts = {int(key.split()[2]) for key in drift.changes if signature in key}  # after what it is, and of which
         assert tokens in counts and len(counts) == 4
     assert len([key for key in drift.changes if key.startswith("plan")]) == min(2, len(profile.forwards))
     assert drift.verdict == "rescale"
