@@ -229,7 +229,8 @@ def refusal(model: Model, cost: CostModel, texts: Texts) -> dict[str, bool]:
     except InfeasibleBudgetError as error:
         say(f"refused {texts}: {error}")
         binding, named = next(iter(texts)), re.search(r"floor of ([\d.]+) ?(\w*)", str(error))
-        ok = error.exit_code == 3 and named is not None and f"Raise {option_name(binding)} " in str(error)
+        says_which = re.search(rf"Raise {re.escape(option_name(binding))}\b", str(error)) is not None
+        ok = error.exit_code == 3 and named is not None and says_which
         if named is None:
             return {"refused": False, "named_floor_feasible": False}
         suffix = {"gflops": "G", "mean_keep": ""}.get(binding, named[2])
