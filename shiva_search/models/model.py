@@ -210,7 +210,8 @@ class Model:
         Raises:
             InputError: names both numbers.
         """
-        found = self.like(inputs).tokens
+        # Not self.like(inputs).tokens: a tracer of torch.compile may not enter the lock of a cached property.
+        found = self.family.tokens(self.config, self.family.workload_of(self.config, inputs, self.workload))
         if found != tokens:
             raise InputError(
                 f"this plan is for {tokens} image tokens, the model was called with {found}; "

@@ -53,7 +53,7 @@ def at(model: Model, t: float, seed: int) -> dict[str, Any]:
     return {**inputs, name: torch.full_like(inputs[name], t * model.family.timestep_scale)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "auraflow"])
 def test_a_planned_model_is_one_graph(name: str) -> None:
     model = CASES[name].model()
     check_one_graph(model, falling(model))
