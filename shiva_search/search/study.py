@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,7 +266,8 @@ class PlanStudy:
             dead = worker is not None and worker[0] == host and worker[1] != os.getpid() and not _alive(worker[1])
             nobody = worker is None and not isinstance(self.study._storage, RDBStorage) and len(trial.params) == 0
             if trial.state == TrialState.RUNNING and (dead or nobody):
-                with quiet():
+                # Another process that starts at this moment may be first.
+                with quiet(), suppress(optuna.exceptions.UpdateFinishedTrialError):
                     self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
             if distributions(self.space).keys() <= trial.params.keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +19,14 @@ from shiva_search.errors import InfeasibleBudgetError, InputError, UnavailableEr
 from shiva_search.records.budget import Budget
 from shiva_search.records.plan import Plan
 from shiva_search.search import check_budget, fidelity, join_study, search
+from shiva_search.search.candidates import build_space
 from shiva_search.search.identity import scorer_identity
 from shiva_search.search.pareto import non_dominated
+from shiva_search.search.sensitivity import Effects
+from shiva_search.search.starting import evaluator_for
 from shiva_search.search.storages import open_storage
+from shiva_search.search.study import PlanStudy
+from shiva_search.search.trade_sampler import distributions
 
 BUDGET = Budget(shares={"latency_ms": 0.6})
 SMALL = {"samples": 8, "chunk": 4}
@@ -305,3 +311,28 @@ def test_errors_of_workers_and_owner_agree(model, cost, tmp_path) -> None:
             plan = Plan.from_rows(model, row["tokens_kept"])
             assert row["error"] == pytest.approx(fidelity(model, plan, samples=8, chunk=4), rel=1e-6)
     assert np.isfinite([row["error"] for row in longer.trials]).all()
+
+
+class Contested(optuna.storages.InMemoryStorage):
+    """Where another process always marks a trial failed just before this one does."""
+
+    def set_trial_state_values(self, trial_id, state, values=None):
+        if state == TrialState.FAIL:
+            super().set_trial_state_values(trial_id, state)
+        return super().set_trial_state_values(trial_id, state, values)
+
+
+def test_two_processes_may_take_up_a_dead_trial_at_the_same_moment(model, cost) -> None:
+    space = build_space(model, cost, BUDGET)
+    evaluator = evaluator_for(model, "stride", space, 0, 8, 4)
+    study = optuna.create_study(storage=Contested(), directions=["minimize", "minimize"])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    trial = study.ask(distributions(space))
+    trial.set_user_attr("worker", [socket.gethostname(), gone.pid])
+    settings = {"seed": 0, "sampler": "trade", "trials": 1}
+    plans = PlanStudy(study, space, Effects.separable(np.zeros(space.kept.shape)), evaluator, settings)
+    plans.run(1)
+    states = [found.state for found in study.get_trials()]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study.get_trials()[1].params == trial.params
