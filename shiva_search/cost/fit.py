@@ -76,7 +76,10 @@ def plan_share(fit: LatencyFit, evidence: Evidence, plan: PlanRatio) -> float:
     def total(row: tuple[int, ...]) -> float:
         return fit.fixed_ms + sum(
             float(np.interp(k, evidence.blocks[name].tokens_kept, fit.curves_ms[name]))
-            + sum(float(evidence.extras[name][part].weights(k) @ fit.extras_ms[name][part]) for part in extra_parts(k))
+            + sum(
+                float(np.interp(k, evidence.extras[name][part].tokens_kept, fit.extras_ms[name][part]))
+                for part in extra_parts(k)
+            )
             for name, k in zip(evidence.layers, row, strict=True)
         )
 
