@@ -15,10 +15,11 @@ from shiva_search.runtime.scorers import TokenScorer
 from shiva_search.search.identity import scorer_identity
 from shiva_search.search.shared_problem import read_problem
 from shiva_search.search.starting import evaluator_for
-from shiva_search.search.storages import open_storage
+from shiva_search.search.storages import database_errors, open_storage
 from shiva_search.search.study import PlanStudy
 
 
+@database_errors()
 def join_study(
     storage: str | BaseStorage,
     study_name: str,

@@ -25,7 +25,7 @@ from shiva_search.search.pool import Pool
 from shiva_search.search.sensitivity import measure_effects, reduced
 from shiva_search.search.shared_problem import create, read_problem, share_problem
 from shiva_search.search.starting import enqueue_start, evaluator_for
-from shiva_search.search.storages import open_storage
+from shiva_search.search.storages import database_errors, open_storage
 from shiva_search.search.study import PlanStudy
 from shiva_search.search.variants import variants_of
 
@@ -61,6 +61,7 @@ class SearchResult:
     forwards: float = 0.0
 
 
+@database_errors()
 def search(
     model: Model,
     cost: PlanCost,

@@ -6,9 +6,11 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
 from sqlalchemy.exc import IntegrityError, ProgrammingError
@@ -52,12 +54,36 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage | None:
         raise UnavailableError(f"cannot open storage {storage!r}: {first}; check that the database is up") from error
 
 
+class _Database(RDBStorage):
+    """Beats that the database refuses are missed, without a word: the trial's own calls say what is wrong."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+
+def _engine(url: str) -> dict[str, Any]:
+    """How to connect.
+
+    A process that stands still amid a transaction (a laptop that sleeps) would hold its locks, and with them all other
+    processes, for as long; so the database ends such transactions. Connections that were ended are replaced.
+    """
+    if not url.startswith("postgresql"):
+        return {}
+    most_ms = round(GRACE_S * 1000)
+    return {
+        "pool_pre_ping": True,
+        "connect_args": {"options": f"-c idle_in_transaction_session_timeout={most_ms}"},
+    }
+
+
 def _database(url: str) -> RDBStorage:
     """A database with heartbeats. Of several processes that open an empty one at once, one gets to make the tables."""
     for wait_s in (0.2, 1.0, 0.0):
         try:
-            return RDBStorage(
+            return _Database(
                 url,
+                _engine(url),
                 heartbeat_interval=HEARTBEAT_S,
                 grace_period=GRACE_S,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
@@ -86,3 +112,19 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(before)
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """A database that fails amid a search is said in one line.
+
+    Raises:
+        UnavailableError: instead of Optuna's StorageInternalError.
+    """
+    try:
+        yield
+    except StorageInternalError as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise UnavailableError(
+            f"the search's database failed: {cause}; check that it is up, and the same command goes on where it was"
+        ) from error

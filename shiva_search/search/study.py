@@ -82,7 +82,8 @@ class PlanStudy:
         self._surrogate = Surrogate(space, effects)  # first order only: moves other samplers' proposals onto the budget
         self._best = np.inf
         self._read: dict[int, Record] = {}
-        self._was_taken = False
+        self._judged: int | None = None  # the trial under way, until its result is told
+        self._own_error: Exception | None = None
 
     # ---- what is known -----------------------------------------------------------------------------------------------
 
@@ -146,12 +147,13 @@ class PlanStudy:
             KeyboardInterrupt: passed on; the trial under way is marked failed and taken up again by the next run.
         """
         self._take_up_again()
-        done_here = 0
+        done_here = lost = 0
         if len(self.records()) >= trials:
             return
 
         def stop(study: optuna.Study, trial: FrozenTrial) -> None:
-            nonlocal done_here
+            nonlocal done_here, lost
+            self._judged, lost = None, 0
             done_here += trial.state == TrialState.COMPLETE
             known = len(self.records())
             self._tell(trial, known, trials)
@@ -166,10 +168,16 @@ class PlanStudy:
             while True:
                 try:
                     return self.study.optimize(self._attempt, callbacks=[stop], n_trials=None)
-                except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-                    if not self._was_taken:
+                except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
+                    if not self._was_taken(error):
                         raise
                     self.say("a plan was given to another worker while this process stood still; going on with others")
+                except optuna.exceptions.StorageInternalError:
+                    lost += 1
+                    if lost > RETRIES:
+                        raise
+                    self.say("the database ended this process's connection; going on with a new one")
+                    time.sleep(lost)
 
     def enqueue(self, plan_P: Ints, origin: str) -> None:
         """Have a plan judged next, unless the study has it already."""
@@ -182,15 +190,22 @@ class PlanStudy:
         self.study.enqueue_trial(params, user_attrs={"origin": origin})
 
     def _attempt(self, trial: optuna.Trial) -> tuple[float, ...] | float:
-        """The objective; notes where the trial was finished by another, which took this process for dead."""
-        self._was_taken = False
+        """The objective; notes which trial is under way and what went wrong in judging it."""
+        self._judged, self._own_error = trial._trial_id, None
         try:
-            values = self._objective(trial)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            self._was_taken = True
+            return self._objective(trial)
+        except Exception as error:
+            self._own_error = error
             raise
-        self._was_taken = self.study._storage.get_trial(trial._trial_id).state.is_finished()
-        return values
+
+    def _was_taken(self, error: Exception) -> bool:
+        """Whether the trial was finished by another process, which took this one for dead."""
+        if isinstance(error, optuna.exceptions.UpdateFinishedTrialError):
+            return True
+        # Optuna complains of a ValueError when it is to finish such a trial itself.
+        if error is self._own_error or self._judged is None:
+            return False
+        return self.study._storage.get_trial(self._judged).state.is_finished()
 
     def _objective(self, trial: optuna.Trial) -> tuple[float, ...] | float:
         started = time.monotonic()

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 import optuna
 import pytest
@@ -120,16 +121,52 @@ def test_a_killed_worker_of_another_machine_is_noticed_by_its_heartbeat(model, c
 
 
 def test_a_worker_that_was_stopped_for_long_goes_on(model, cost, storage: str) -> None:
-    go_on(model, cost, storage, 4)
-    known = optuna.load_study(study_name=STUDY, storage=open_storage(storage))
-    known.set_user_attr("settings", {**known.user_attrs["settings"], "trials": 16})
-    worker = start(run_worker, storage, "elsewhere")
+    worker = started_elsewhere(model, cost, storage)
     wait_until(lambda: bool(trials_of(storage, TrialState.RUNNING)), worker)
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGSTOP)  # as a laptop that sleeps
     time.sleep(GRACE_S + HEARTBEAT_S)
-    go_on(model, cost, storage, 10)  # gives its trial to itself
+    others_go_on_and_then_it_does(model, cost, storage, worker)
+
+
+def test_a_worker_that_stands_still_amid_a_transaction_holds_nobody_up(model, cost, storage: str) -> None:
+    import psycopg2
+
+    worker = started_elsewhere(model, cost, storage)
+    ours, looking = psycopg2.connect(storage), psycopg2.connect(storage)
+    looking.autocommit = True
+    try:
+        ours.cursor().execute("SELECT * FROM studies FOR UPDATE")
+
+        def waits_for_us() -> bool:
+            cursor = looking.cursor()
+            cursor.execute(
+                "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+                "WHERE NOT granted AND datname = current_database()"
+            )
+            return bool(cursor.fetchone()[0])
+
+        wait_until(waits_for_us, worker)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGSTOP)
+    finally:
+        ours.close()
+        looking.close()
+    # The study's row is its alone now.
+    others_go_on_and_then_it_does(model, cost, storage, worker)
+
+
+def started_elsewhere(model, cost, storage: str) -> BaseProcess:  # type: ignore[no-untyped-def]
+    go_on(model, cost, storage, 4)
+    known = optuna.load_study(study_name=STUDY, storage=open_storage(storage))
+    known.set_user_attr("settings", {**known.user_attrs["settings"], "trials": 16})
+    return start(run_worker, storage, "elsewhere")
+
+
+def others_go_on_and_then_it_does(model, cost, storage: str, worker: BaseProcess) -> None:  # type: ignore[no-untyped-def]
+    go_on(model, cost, storage, 10)  # gives a trial that stands still to itself
     before = finished(storage)
+    assert worker.pid is not None
     os.kill(worker.pid, signal.SIGCONT)
     worker.join(120)
     assert worker.exitcode == 0
