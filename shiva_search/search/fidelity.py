@@ -76,7 +76,7 @@ class FidelityEvaluator:
         segments: timestep segments as intervals of [0, 1]; a row of tokens kept for each.
         probe: chunks per segment that are always run, and that sketches are made of.
         layer_cost: counts work by predicted cost, `fixed_cost` being the part outside of blocks; None: by tokens.
-        memory_mib: room for the states of shared prefixes; None: a gibibyte, or a quarter of what the GPU has free.
+        memory_mib: room for the states of shared prefixes; None: half a gibibyte, or a quarter of what a GPU has free.
         autocast: compute in this type (torch.bfloat16) where the ranking of plans does not change; None: as it is.
         weight: (t_b) -> weight of each sample's error, for example what the sampler does with it; None: all alike.
         sketch: entries of the sketch.

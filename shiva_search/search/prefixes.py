@@ -12,7 +12,7 @@ from shiva_search.runtime.pruned_block import Resume
 Row = tuple[int, ...]
 
 #: Room for states in main memory, and the share of what an accelerator has free.
-_HOST_MIB, _FREE_SHARE = 1024.0, 0.25
+_HOST_MIB, _FREE_SHARE = 512.0, 0.25
 
 
 class Prefixes:
