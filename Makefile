@@ -34,7 +34,7 @@ demo: install
 	$(BIN)/shiva-search optimize --model fashion-dit --device cpu --max-latency 65% --out reports/demo $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .
