@@ -108,6 +108,8 @@ def search(
     """Search tokens kept per layer within the budget; the quality of a plan is the model's own output error.
 
     Args:
+        budget: limits in numbers, `Budget(latency_ms=50.0)`, `Budget(shares={"latency_ms": 0.6})`, or read from texts,
+            `Budget.parse({"latency_ms": "60%", "memory_mib": "6GiB"})`.
         scorer: ranks tokens while plans are judged; None takes the bypasses that ship with the model, else stride.
             See `fit_bypasses` and `warm_up` for selectors of your own model.
         measure: measures a plan on the device, closing the loop; None trusts the cost model.
@@ -115,8 +117,14 @@ def search(
 
     Raises:
         InfeasibleBudgetError: no plan fits; names the floor and the budget that binds.
+        InputError: bad options.
     """
     from shiva_search.search import search as run
+
+    if not isinstance(budget, Budget):
+        raise InputError(
+            f'a budget is a Budget, got {budget!r}; write for example Budget.parse({{"latency_ms": "60%"}})'
+        )
 
     resolved = _resolve_scorer(model, scorer)
     return run(model, cost, budget, trials=trials, seed=seed, scorer=resolved, measure=measure, **options)

@@ -46,14 +46,23 @@ class Per(StrEnum):
 ModelOption = Annotated[str, typer.Option("--model", help="What `shiva-search models` lists, or a folder.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, replay:DIR.")]
 BatchOption = Annotated[int | None, typer.Option("--batch", help="Samples per forward.", rich_help_panel=_WORKLOAD)]
-DTypeOption = Annotated[DType | None, typer.Option("--dtype", rich_help_panel=_WORKLOAD)]
+DTypeOption = Annotated[DType | None, typer.Option("--dtype", help="Of weights and tokens.", rich_help_panel=_WORKLOAD)]
 ResolutionOption = Annotated[int | None, typer.Option("--resolution", help="Pixels.", rich_help_panel=_WORKLOAD)]
-TextTokensOption = Annotated[int | None, typer.Option("--text-tokens", rich_help_panel=_WORKLOAD)]
+TextTokensOption = Annotated[
+    int | None, typer.Option("--text-tokens", help="Length of the prompt.", rich_help_panel=_WORKLOAD)
+]
 FramesOption = Annotated[int | None, typer.Option("--frames", help="Of a video.", rich_help_panel=_WORKLOAD)]
-GuidanceOption = Annotated[bool | None, typer.Option("--guidance/--no-guidance", rich_help_panel=_WORKLOAD)]
-CompileOption = Annotated[bool | None, typer.Option("--compile/--no-compile", rich_help_panel=_WORKLOAD)]
+GuidanceOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--guidance/--no-guidance", help="Both halves in one batch share a choice.", rich_help_panel=_WORKLOAD
+    ),
+]
+CompileOption = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Measure under torch.compile.", rich_help_panel=_WORKLOAD)
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads.", rich_help_panel=_WORKLOAD)]
-SeedOption = Annotated[int, typer.Option("--seed")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same random choices.")]
 BypassOption = Annotated[
     str, typer.Option(help="What rejected tokens do: none (stand still), mean or affine (a cheap fitted path).")
 ]
@@ -200,7 +209,7 @@ def optimize(
 @app.command(epilog="Example: shiva-search train reports/demo --train-steps 200")
 def train(
     run: RunArgument,
-    train_steps: Annotated[int, typer.Option(help="Steps at the plan's k.", min=1)] = 60,
+    train_steps: Annotated[int, typer.Option(help="Further steps at the plan's k.", min=1)] = 60,
     seed: SeedOption = 0,
     resume: ResumeOption = True,
     as_json: JsonOption = False,

@@ -113,7 +113,9 @@ def beside_plan(plan: Plan, name: str) -> Path | None:
 
 def card(plan: Plan, *, has_selector: bool, rank: int | None) -> str:
     """The model card, Markdown with the front matter that hubs read."""
-    model, workload = plan.model, plan.workload
+    model, workload = dict(plan.model), plan.workload
+    if Path(str(model.get("name", ""))).is_dir():
+        model["name"] = Path(str(model["name"])).name  # where it lies here is nobody else's business
     parts = [
         "a trained token selector" if has_selector else "no selector of its own (tokens are spread evenly)",
         *([] if rank is None else [f"low-rank adapters (DoRA, rank {rank})"]),

@@ -68,6 +68,14 @@ def test_the_card_says_what_it_is_for(model: Model, tmp_path: Path) -> None:
     assert "energy" not in text  # not measured
 
 
+def test_the_card_does_not_say_where_the_model_lies_here(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "my-sd3").mkdir()
+    plan = ss.Plan.uniform(model, 0.5)
+    plan = plan.with_(model={**plan.model, "name": str(tmp_path / "my-sd3")})
+    text = (ss.save_pretrained(plan, tmp_path / "hub") / "README.md").read_text()
+    assert "# A token plan for my-sd3" in text and str(tmp_path) not in text
+
+
 def test_a_plan_at_hand_is_saved_with_a_selector_at_hand(model: Model, tmp_path: Path) -> None:
     router = Router.for_model(model)
     folder = ss.save_pretrained(ss.Plan.uniform(model, 0.5), tmp_path, selector=router)

@@ -190,14 +190,17 @@ def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dic
         workload: fields of Workload that replace the defaults of its family.
 
     Raises:
-        InputError: its class has no adapter.
+        InputError: its class has no adapter, or the workload is none for it.
     """
     class_name = type(module).__name__
     family = family_of(class_name)
     if family is None:
         raise _no_adapter(class_name)
     config = dict(getattr(module, "config", {}))
-    return Model(module, name, family, family.defaults(config).override(**(workload or {})), origin=origin)
+    usual, asked = family.defaults(config), workload or {}
+    if usual.frames is None and asked.get("frames") is not None:
+        raise InputError(f"--frames is for video models, and {class_name} makes images; leave it out")
+    return Model(module, name, family, usual.override(**asked), origin=origin)
 
 
 def _fashion_batch(split: str, count: int, seed: int) -> Batch:

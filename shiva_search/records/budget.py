@@ -111,6 +111,11 @@ class Budget:
         for metric, value in [*self.limits().items(), *self.shares.items()]:
             if metric not in _KINDS:
                 raise InputError(f"unknown budget {metric!r}; known: {', '.join(METRICS)}")
+            if isinstance(value, str):
+                raise InputError(
+                    f"{a_budget(metric)} in code is a number, got {value!r}; write a share of the dense model as "
+                    f'Budget(shares={{"{metric}": 0.6}}), or Budget.parse({{"{metric}": {value!r}}})'
+                )
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise InputError(f"{a_budget(metric)} must be above zero, got {value!r}")
         if self.mean_keep is not None and self.mean_keep > 1:

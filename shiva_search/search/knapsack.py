@@ -29,6 +29,8 @@ _SAID = {
 }
 #: What the profile measured and the cost model predicts; operations and tokens are counted.
 _PREDICTED = ("latency_ms", "energy_j", "power_w", "memory_mib")
+#: What a user may well have asked for as a share of the dense model.
+_SHARED = ("latency_ms", "energy_j", "gflops")
 #: HiGHS holds constraints to 1e-6 in absolute terms; in these units that is far below the tolerance of the space.
 _SCALE = 1e4
 
@@ -138,6 +140,8 @@ def infeasible(space: Space, metric: str, plan_P: Ints, where: str) -> Infeasibl
         where: that plan in words.
     """
     least = float(space.total(metric, plan_P[None])[0])
+    dense = float(space.total(metric, space.dense[None])[0])
+    share = f", {math.ceil(1000 * least / dense) / 10:.1f} % of dense" if metric in _SHARED and dense else ""
     if metric in space.spread:
         low, high = (said(metric, least * share) for share in space.spread[metric])
         where = f"predicted, 90 % interval {low} to {high}; {where}"
@@ -146,7 +150,7 @@ def infeasible(space: Space, metric: str, plan_P: Ints, where: str) -> Infeasibl
     more = " or allow fewer tokens with a lower --min-keep" if _fewer_may_do(space, metric) else ""
     return InfeasibleBudgetError(
         f"{_SAID[metric][0]} budget {said(metric, space.limits[metric])} is below this model's floor of "
-        f"{said(metric, least, up=True)} ({where}). Raise {option_name(metric)}{more}."
+        f"{said(metric, least, up=True)}{share} ({where}). Raise {option_name(metric)}{more}."
     )
 
 

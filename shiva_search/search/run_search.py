@@ -119,6 +119,7 @@ def search(
 
     evaluator = evaluator_for(model, scorer, space, seed, samples, chunk)
     digest = problem_digest(model, scorer, space, samples, chunk, seed)
+    shared = storage is not None
     if storage is None and folder is not None:
         storage = f"journal:{Path(folder) / '.search.journal'}"
     name = study_name or f"shiva-{digest[:12]}"
@@ -136,8 +137,8 @@ def search(
     elif study.user_attrs["settings"] != settings:
         study.set_user_attr("settings", settings)  # more trials, or another sampler on the same problem
     space, effects = priced(known[0], cost, space.limits), known[1]
-    if storage is not None:
-        say(f"study {study.study_name}; others may join with `shiva-search worker --study {study.study_name}`")
+    if shared:
+        say(f"others may join with `shiva-search worker RUN --storage URL --study {study.study_name}`")
     plans = PlanStudy(study, space, effects, evaluator, settings, progress)
     exact = solve(space, effects.errors_PC)
     enqueue_start(plans, exact.plan_P, trials)

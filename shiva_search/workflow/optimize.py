@@ -26,13 +26,12 @@ from shiva_search.reporting import tables
 from shiva_search.search import SearchResult, check_attend, check_budget, holds, search
 from shiva_search.search.fidelity import fidelity
 from shiva_search.search.samplers import SAMPLERS
-from shiva_search.selection.training import tune
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.images import draw_samples
 from shiva_search.workflow.opening import open_both, profile_folder
 from shiva_search.workflow.outcome import EVALUATION_SAMPLES, answer_of, write_outcome
 from shiva_search.workflow.profiles import Costs, take_profile, use_profile
-from shiva_search.workflow.selectors import check_bypass, ready_selector, untrained_selector
+from shiva_search.workflow.selectors import check_bypass, ready_selector, tuned_selector, untrained_selector
 from shiva_search.workflow.settings import Settings
 
 if TYPE_CHECKING:
@@ -128,8 +127,8 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
 
     with clock("tune"):
         if settings.train_steps and not plan.is_dense:
-            router, tuned = tune(
-                model, router, plan, steps=settings.train_steps, seed=settings.seed,
+            router, tuned = tuned_selector(
+                model, plan, router, steps=settings.train_steps, seed=settings.seed,
                 checkpoint=run.path / ".tune.pt", progress=progress,
             )  # fmt: skip
             curve = [*curve, *tuned]

@@ -13,11 +13,11 @@ from shiva_search.reporting import tables
 from shiva_search.reporting.html import build_report
 from shiva_search.search.fidelity import fidelity
 from shiva_search.selection.router import Router
-from shiva_search.selection.training import tune
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.images import draw_samples
 from shiva_search.workflow.outcome import EVALUATION_SAMPLES, answer_of, write_outcome
 from shiva_search.workflow.runs import open_run
+from shiva_search.workflow.selectors import tuned_selector
 
 
 def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, progress: Progress) -> Answer:
@@ -29,8 +29,8 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
     start = run.scorer()
     if isinstance(start, str):
         start = Router.for_model(run.model, seed=seed)
-    router, curve = tune(
-        run.model, start, run.plan, steps=train_steps, seed=seed, checkpoint=checkpoint, progress=progress
+    router, curve = tuned_selector(
+        run.model, run.plan, start, steps=train_steps, seed=seed, checkpoint=checkpoint, progress=progress
     )
     router.save(run.folder.selector)
     checkpoint.unlink(missing_ok=True)
@@ -44,7 +44,7 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
         write_json(run.folder.summary, {**read_json(run.folder.summary, "summary"), "error": error})
     build_report(path)
     summary = {"run": str(path), "steps": train_steps, "error": error, "selector": str(run.folder.selector)}
-    return Answer(summary, lambda: f"error on held-out inputs after {train_steps} steps: {error:.4f}")
+    return Answer(summary, lambda: f"error on held-out inputs after {train_steps} more steps: {error:.4f}")
 
 
 def measure_command(path: Path, *, device: str | None, seconds: float, seed: int, progress: Progress) -> Answer:

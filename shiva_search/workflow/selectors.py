@@ -6,19 +6,21 @@ With a bypass, rejected tokens take a cheap path, and what that path misses rank
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from shiva_search.errors import InputError
 from shiva_search.models.catalog import shipped_bypass, shipped_router
 from shiva_search.models.model import Model
-from shiva_search.records.plan import BYPASS_KINDS
+from shiva_search.records.plan import BYPASS_KINDS, Plan
 from shiva_search.runtime.bypass import BypassBank
 from shiva_search.runtime.selector import Selector
+from shiva_search.search.fidelity import fidelity
 from shiva_search.selection.closed_form import RANKS, fit_bypasses, offered_ranks, untrained_bypasses
 from shiva_search.selection.loading import load_selector
 from shiva_search.selection.router import Router
-from shiva_search.selection.training import warm_up
+from shiva_search.selection.training import tune, warm_up
 from shiva_search.workflow.answer import Progress
 from shiva_search.workflow.settings import Settings
 
@@ -107,3 +109,19 @@ def _router(path: Path) -> Router:
     if not isinstance(found, Router):
         raise InputError(f"{path} holds no router; delete it, or train with --bypass affine")
     return found
+
+
+def tuned_selector(
+    model: Model, plan: Plan, selector: Selector, *, steps: int, seed: int, checkpoint: Path, progress: Progress
+) -> tuple[Selector, list[dict[str, Any]]]:
+    """The selector trained at the plan, and the rows of training.csv; as it was where training did not help.
+
+    A few steps can undo what the closed form found; inputs that are not trained on tell.
+    """
+    before = copy.deepcopy(selector)
+    after, curve = tune(model, selector, plan, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
+    was, now = (fidelity(model, plan, scorer, seed=seed + 1) for scorer in (before, after))
+    if now <= was:
+        return after, curve
+    progress(f"{steps} steps of training made it worse (error {was:.4f} before, {now:.4f} after): kept as it was")
+    return before, curve

@@ -76,6 +76,11 @@ def test_tokens_of_videos_are_latent_frames_times_height_times_width() -> None:
             _ = load_model(name, real=False, frames=16).tokens
 
 
+def test_images_have_no_frames() -> None:
+    with pytest.raises(InputError, match="--frames is for video models, and SD3Transformer2DModel makes images"):
+        load_model("sd3.5-medium", real=False, frames=4)
+
+
 def test_a_plan_for_shapes_fits_any_weights_of_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     case = FAMILY_CASES[0]
     family, _ = ARCHITECTURES["dit-xl-2"]

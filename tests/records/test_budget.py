@@ -74,6 +74,11 @@ def test_numbers_must_be_above_zero(value: float) -> None:
         Budget(latency_ms=value)
 
 
+def test_texts_where_numbers_belong_are_told_how_they_are_written() -> None:
+    with pytest.raises(InputError, match=r"shares=.*0\.6.*Budget\.parse\(\{\"latency_ms\": '60%'\}\)"):
+        Budget(latency_ms="60%")  # type: ignore[arg-type]
+
+
 def test_mean_keep_is_at_most_one() -> None:
     with pytest.raises(InputError):
         Budget(mean_keep=1.5)

@@ -141,7 +141,9 @@ def test_a_predicted_floor_says_so_with_its_interval(model, cost) -> None:
         return str(explain(build_space(model, cost, Budget(**limit))))
 
     # 0.5 ms beside the blocks, 2.2992 ms the first block; the interval is 3 % wide on each side.
-    assert "floor of 2.800 ms (predicted, 90 % interval 2.715 ms to 2.883 ms; every layer" in refusal(latency_ms=1.0)
+    assert "floor of 2.800 ms, 19.9 % of dense (predicted, 90 % interval 2.715 ms to 2.883 ms; every" in refusal(
+        latency_ms=1.0
+    )
     assert "(predicted; every layer" in refusal(energy_j=0.001)
     assert "predicted" not in refusal(mean_keep=0.1)
     assert "predicted" not in refusal(gflops=0.01)
