@@ -3,7 +3,8 @@
 import csv
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from diffusers import DiTTransformer2DModel
 
 import shiva_search as ss
 from shiva_search.cli import main
+from shiva_search.records.budget import Budget
+from shiva_search.records.measurement import Measurement
+from shiva_search.records.plan import Plan
 from shiva_search.workflow import optimize
 
 PROFILE = ["--profile-seconds", "4"]
@@ -107,6 +111,26 @@ def test_the_profile_is_kept_with_its_samples(run: Path, folder: Path) -> None:
     assert all(row["energy_j"] != "0" for row in table)
     assert (profiles / "samples.csv").is_file()
     assert (profiles / "cost_model.json").is_file()
+
+
+def test_a_plan_found_after_a_broken_measurement_is_trained_for_too(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    measured = optimize._measure_afresh
+    plans: list[Plan] = []
+
+    def breaks_at_first(measure: Callable[..., Measurement], budget: Budget, plan: Plan) -> Measurement:
+        final = measured(measure, budget, plan)
+        plans.append(plan)
+        return replace(final, ratio=0.9, ratio_low=0.9, ratio_high=0.9) if len(plans) == 1 else final
+
+    monkeypatch.setattr(optimize, "_measure_afresh", breaks_at_first)
+    assert call("optimize", "--model", str(folder), "--max-latency", "75%", "--out", "reports/again", *FAST) in (0, 5)
+    assert len(plans) > 1
+    assert Plan.from_file("reports/again").rows == plans[-1].rows
+    trained = [row["step"] for row in rows(Path("reports/again/training.csv")) if row["stage"] == "tune"]
+    assert trained == ["0", "1", "0"]  # and half as long at the plan that ships
 
 
 def test_measure_report_and_train_work_on_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,22 +125,25 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     tables.write_trials(run.trials, result.trials)
     tables.write_pareto(run.pareto_csv, result.pareto)
 
-    with clock("tune"):
-        if settings.train_steps and not plan.is_dense:
+    def train(plan: Plan, steps: int, seed: int, checkpoint: Path | None) -> None:
+        nonlocal router, curve
+        if steps and not plan.is_dense:
             router, tuned = tuned_selector(
-                model, plan, router, steps=settings.train_steps, seed=settings.seed,
-                checkpoint=run.path / ".tune.pt", progress=progress,
-            )  # fmt: skip
+                model, plan, router, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress
+            )
             curve = [*curve, *tuned]
-    router.save(run.selector)
+        router.save(run.selector)
+        if curve:
+            tables.write_training(run.training_csv, curve)
+
+    with clock("tune"):
+        train(plan, settings.train_steps, settings.seed, run.path / ".tune.pt")
     (run.path / ".tune.pt").unlink(missing_ok=True)  # done: a later training starts from the selector
-    if curve:
-        tables.write_training(run.training_csv, curve)
 
     with clock("measure"):
         progress("measuring the plan against the dense model")
         # The loop has measured the plan; what counts is that a fresh measurement holds as well.
-        final = _measure_afresh(measure, budget, plan)
+        trained_at, final = plan, _measure_afresh(measure, budget, plan)
         for again in range(1, FINAL_ROUNDS + 1):
             if holds(budget, final):
                 break
@@ -154,6 +157,10 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
             tables.write_trials(run.trials, result.trials)
             tables.write_pareto(run.pareto_csv, result.pareto)
             final = _measure_afresh(measure, budget, plan)
+    if plan is not trained_at:
+        with clock("tune_again"):  # half the steps will do: the selector knows a plan much like this one
+            train(plan, settings.train_steps // 2, settings.seed + 1, None)
+    with clock("evaluate"):
         error_there = fidelity(model, plan, router, split="evaluation", samples=EVALUATION_SAMPLES, seed=settings.seed)
     write_outcome(run, model, device, plan, final, budget, rounds, error_there, clock.seconds, result.note)
     if settings.model == "fashion-dit":

@@ -112,16 +112,17 @@ def _router(path: Path) -> Router:
 
 
 def tuned_selector(
-    model: Model, plan: Plan, selector: Selector, *, steps: int, seed: int, checkpoint: Path, progress: Progress
+    model: Model, plan: Plan, selector: Selector, *, steps: int, seed: int, checkpoint: Path | None, progress: Progress
 ) -> tuple[Selector, list[dict[str, Any]]]:
-    """The selector trained at the plan, and the rows of training.csv; as it was where training did not help.
+    """The selector, trained in place at the plan, and the rows of training.csv; as it was where training did not help.
 
     A few steps can undo what the closed form found; inputs that are not trained on tell.
     """
     before = copy.deepcopy(selector)
-    after, curve = tune(model, selector, plan, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
-    was, now = (fidelity(model, plan, scorer, seed=seed + 1) for scorer in (before, after))
-    if now <= was:
-        return after, curve
-    progress(f"{steps} steps of training made it worse (error {was:.4f} before, {now:.4f} after): kept as it was")
-    return before, curve
+    _, curve = tune(model, selector, plan, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
+    was, now = (fidelity(model, plan, scorer, seed=seed + 1) for scorer in (before, selector))
+    if now > was:
+        progress(f"{steps} steps of training made it worse (error {was:.4f} before, {now:.4f} after): kept as it was")
+        selector.load_state_dict(before.state_dict())
+        selector.origin = before.origin
+    return selector, curve
