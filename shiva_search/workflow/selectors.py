@@ -1,4 +1,4 @@
-"""The selector before a plan is known. In: a model. Out: one that serves every plan; made once per model and kept.
+"""The selector of a run. In: a model. Out: one that serves every plan, made once and kept; and it trained at a plan.
 
 With a bypass, rejected tokens take a cheap path, and what that path misses ranks the tokens (closed form). Without one
 (`--bypass none`, the paper's method), a router does, warmed up over all ratios.
