@@ -4,7 +4,7 @@ Every block but the first keeps the same share of tokens, chosen by what a bypas
 router; neither is trained, which takes as long. The ideal is the ratio of operations, dense to planned, as torch counts
 them on shapes; efficiency is the measured speed-up as a share of it. Dense and planned forwards take turns.
 
-The width is SD3's own: 9 GiB of weights, and two forwards a minute on two cores. Narrow models (--width 384) spend a
+The width is SD3's own: 8.4 GiB of memory, and two forwards a minute on two cores. Narrow models (--width 384) spend a
 larger part of a block on what does not shrink with its tokens.
 
     python -m benchmarks.speedup --keep 0.6 --rounds 3 [--width 384] [--selector router]
