@@ -2,19 +2,20 @@
 
 Every block but the first keeps the same share of tokens, chosen by what a bypass misses, as is the default, or by a
 router; neither is trained, which takes as long. The ideal is the ratio of operations, dense to planned, as torch counts
-them on shapes; efficiency is the measured speed-up as a share of it. Dense and planned forwards take turns.
+them on shapes; efficiency is the measured speed-up as a share of it. Dense and planned forwards take turns, timed by
+the device's own clock.
 
 The width is SD3's own: 8.4 GiB of memory, and two forwards a minute on two cores. Narrow models (--width 384) spend a
 larger part of a block on what does not shrink with its tokens.
 
     python -m benchmarks.speedup --keep 0.6 --rounds 3 [--width 384] [--selector router]
+    python -m benchmarks.speedup --device cuda --dtype bfloat16 --tokens 4096 --rounds 20
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import print_result
+from shiva_search.devices import Device, open_device
 from shiva_search.models.catalog import as_model
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
@@ -33,7 +35,7 @@ from shiva_search.selection.router import Router
 HEAD_WIDTH = 64
 
 
-def sd3_shaped(layers: int, width: int, side: int, text: int, batch: int) -> Model:
+def sd3_shaped(layers: int, width: int, side: int, text: int, batch: int, dtype: str) -> Model:
     """SD3 with random weights, as wide as asked for: side x side image tokens and `text` text tokens."""
     from diffusers import SD3Transformer2DModel
 
@@ -52,8 +54,10 @@ def sd3_shaped(layers: int, width: int, side: int, text: int, batch: int) -> Mod
         pos_embed_max_size=side,
         qk_norm="rms_norm",
     )
-    workload = {"batch": batch, "text_tokens": text, "guidance": batch % 2 == 0}
-    return as_model(module.eval().requires_grad_(False), "sd3-shaped", "random weights", workload)
+    workload = {"batch": batch, "text_tokens": text, "guidance": batch % 2 == 0, "dtype": dtype}
+    return as_model(
+        module.to(getattr(torch, dtype)).eval().requires_grad_(False), "sd3-shaped", "random weights", workload
+    )
 
 
 def operations(shapes: Model, plan: Plan) -> int:
@@ -64,15 +68,15 @@ def operations(shapes: Model, plan: Plan) -> int:
     return int(counter.get_total_flops())
 
 
-def interleaved_s(model: Model, plan: Plan, scorer: TokenScorer, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of dense and planned forwards that take turns; hooks go on and off outside the clock."""
+def interleaved_ms(
+    model: Model, device: Device, plan: Plan, scorer: TokenScorer, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of dense and planned forwards that take turns; hooks go on and off outside the clock."""
     inputs = model.example()
-    dense_s, planned_s = [], []
+    dense_ms, planned_ms = [], []
 
     def timed() -> float:
-        started = time.perf_counter()
-        model.predict(inputs)
-        return time.perf_counter() - started
+        return device.time_ms(lambda: model.predict(inputs))
 
     for index in range(rounds + 1):
         before = timed()
@@ -80,9 +84,9 @@ def interleaved_s(model: Model, plan: Plan, scorer: TokenScorer, rounds: int) ->
             planned = timed()
         after = timed()
         if index:  # the first round warms up
-            dense_s.append((before + after) / 2)
-            planned_s.append(planned)
-    return dense_s, planned_s
+            dense_ms.append((before + after) / 2)
+            planned_ms.append(planned)
+    return dense_ms, planned_ms
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -96,25 +100,32 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--selector", choices=["bypass", "router"], default="bypass")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    device = open_device(options.device)
     side = round(options.tokens**0.5)
-    shape = (options.layers, options.width, side, options.text_tokens, options.batch)
-    model = sd3_shaped(*shape)
+    shape = (options.layers, options.width, side, options.text_tokens, options.batch, options.dtype)
+    with device.torch_device:
+        model = sd3_shaped(*shape)
     with torch.device("meta"):
         shapes = sd3_shaped(*shape)
     plan = Plan.uniform(model, options.keep)
     with torch.no_grad():
         ideal = operations(shapes, Plan.dense(shapes)) / operations(shapes, plan)
         made = Router.for_model(model) if options.selector == "router" else untrained_bypasses(model, ranks=(16,))
-        dense_s, planned_s = interleaved_s(model, plan, made.requires_grad_(False), options.rounds)
-    speedup = statistics.median(dense / planned for dense, planned in zip(dense_s, planned_s, strict=True))
+        made = made.requires_grad_(False).to(device.torch_device)
+        dense_ms, planned_ms = interleaved_ms(model, device, plan, made, options.rounds)
+    speedup = statistics.median(dense / planned for dense, planned in zip(dense_ms, planned_ms, strict=True))
     result = {
         "speedup": speedup,
         "ideal": ideal,
         "efficiency": speedup / ideal,
-        "dense_ms": 1e3 * statistics.median(dense_s),
-        "planned_ms": 1e3 * statistics.median(planned_s),
+        "dense_ms": statistics.median(dense_ms),
+        "planned_ms": statistics.median(planned_ms),
+        "device": device.name,
+        "dtype": options.dtype,
         "width": options.width,
         "selector": options.selector,
         "rounds": options.rounds,
