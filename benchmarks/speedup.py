@@ -9,7 +9,7 @@ The width is SD3's own: 8.4 GiB of memory, and two forwards a minute on two core
 larger part of a block on what does not shrink with its tokens.
 
     python -m benchmarks.speedup --keep 0.6 --rounds 3 [--width 384] [--selector router]
-    python -m benchmarks.speedup --device cuda --dtype bfloat16 --tokens 4096 --rounds 20
+    python -m benchmarks.speedup --device cuda --dtype bfloat16 --tokens 4096 --rounds 20 --cuda-graph
 """
 
 from __future__ import annotations
@@ -69,20 +69,25 @@ def operations(shapes: Model, plan: Plan) -> int:
 
 
 def interleaved_ms(
-    model: Model, device: Device, plan: Plan, scorer: TokenScorer, rounds: int
+    model: Model, device: Device, plan: Plan, scorer: TokenScorer, rounds: int, graphs: bool = False
 ) -> tuple[list[float], list[float]]:
     """Milliseconds of dense and planned forwards that take turns; hooks go on and off outside the clock."""
     inputs = model.example()
     dense_ms, planned_ms = [], []
 
-    def timed() -> float:
-        return device.time_ms(lambda: model.predict(inputs))
+    def run() -> object:
+        return model.predict(inputs)
 
-    for index in range(rounds + 1):
-        before = timed()
+    dense_run = planned_run = run
+    if graphs:
+        dense_run = device.capture(run)
         with AppliedPlan(model, plan, scorer):
-            planned = timed()
-        after = timed()
+            planned_run = device.capture(run)
+    for index in range(rounds + 1):
+        before = device.time_ms(dense_run)
+        with AppliedPlan(model, plan, scorer):
+            planned = device.time_ms(planned_run)
+        after = device.time_ms(dense_run)
         if index:  # the first round warms up
             dense_ms.append((before + after) / 2)
             planned_ms.append(planned)
@@ -101,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cuda-graph", action="store_true", help="time graphs, which spare the host its part")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -116,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ideal = operations(shapes, Plan.dense(shapes)) / operations(shapes, plan)
         made = Router.for_model(model) if options.selector == "router" else untrained_bypasses(model, ranks=(16,))
         made = made.requires_grad_(False).to(device.torch_device)
-        dense_ms, planned_ms = interleaved_ms(model, device, plan, made, options.rounds)
+        dense_ms, planned_ms = interleaved_ms(model, device, plan, made, options.rounds, options.cuda_graph)
     speedup = statistics.median(dense / planned for dense, planned in zip(dense_ms, planned_ms, strict=True))
     result = {
         "speedup": speedup,
@@ -126,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "planned_ms": statistics.median(planned_ms),
         "device": device.name,
         "dtype": options.dtype,
+        "cuda_graph": options.cuda_graph,
         "width": options.width,
         "selector": options.selector,
         "rounds": options.rounds,

@@ -61,6 +61,10 @@ GuidanceOption = Annotated[
 CompileOption = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="Measure under torch.compile.", rich_help_panel=_WORKLOAD)
 ]
+CudaGraphOption = Annotated[
+    bool | None,
+    typer.Option("--cuda-graph/--no-cuda-graph", help="Measure CUDA graphs of forwards.", rich_help_panel=_WORKLOAD),
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads.", rich_help_panel=_WORKLOAD)]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same random choices.")]
 BypassOption = Annotated[
@@ -105,6 +109,7 @@ def profile(
     text_tokens: TextTokensOption = None,
     guidance: GuidanceOption = None,
     compile: CompileOption = None,
+    cuda_graph: CudaGraphOption = None,
     threads: ThreadsOption = None,
     seconds: Annotated[float, typer.Option(help="Time to spend measuring.", min=1)] = 60.0,
     bypass: BypassOption = "affine",
@@ -120,7 +125,7 @@ def profile(
     """Measure every block at many token counts on the device."""
     from shiva_search import workflow
 
-    workload = _workload(batch, dtype, resolution, frames, text_tokens, guidance, compile, threads)
+    workload = _workload(batch, dtype, resolution, frames, text_tokens, guidance, compile, cuda_graph, threads)
     answer = workflow.profile_command(
         model, device, workload, seconds=seconds, out=out, seed=seed, resume=resume, progress=_say, bypass=bypass,
         bypass_rank=bypass_rank,
@@ -147,6 +152,7 @@ def optimize(
     text_tokens: TextTokensOption = None,
     guidance: GuidanceOption = None,
     compile: CompileOption = None,
+    cuda_graph: CudaGraphOption = None,
     threads: ThreadsOption = None,
     segments: Annotated[int, typer.Option(help="Timestep segments with their own row of k.", min=1)] = 1,
     min_keep: Annotated[float | None, typer.Option(help="Least share a layer keeps; no block is skipped.")] = None,
@@ -183,7 +189,7 @@ def optimize(
     settings = workflow.Settings(
         model=model,
         device=device,
-        workload=_workload(batch, dtype, resolution, frames, text_tokens, guidance, compile, threads),
+        workload=_workload(batch, dtype, resolution, frames, text_tokens, guidance, compile, cuda_graph, threads),
         budget={metric: text for metric, text in texts.items() if text is not None},
         per=per.value,
         steps=steps,
@@ -324,6 +330,7 @@ def _workload(
     text_tokens: int | None,
     guidance: bool | None,
     compile: bool | None,
+    cuda_graph: bool | None,
     threads: int | None,
 ) -> dict[str, Any]:
     values = {
@@ -334,6 +341,7 @@ def _workload(
         "text_tokens": text_tokens,
         "guidance": guidance,
         "compile": compile,
+        "cuda_graph": cuda_graph,
         "threads": threads,
     }
     return {name: value for name, value in values.items() if value is not None}

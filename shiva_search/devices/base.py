@@ -106,6 +106,21 @@ class Device(Protocol):
         """
         ...
 
+    def capture(self, run: Run) -> Run:
+        """Records a run as a CUDA graph, whose replay costs the host next to nothing.
+
+        Args:
+            run: has static shapes, and reads its inputs from the same tensors each time.
+
+        Returns:
+            The replay, to be timed in place of the run. Replays of one device share their memory, so none may be under
+            way while another begins, and what a run returned is gone with the next replay.
+
+        Raises:
+            UnavailableError: the device has no graphs, or the run does something that a graph cannot hold.
+        """
+        ...
+
     def peak_memory_mib(self, run: Run) -> float | None:
         """Runs once and returns the allocator's own peak in MiB above what was live before; None where unknown."""
         ...
@@ -140,6 +155,11 @@ def check_repeats(repeats: int) -> None:
     """
     if repeats < 1:
         raise InputError(f"a timed sample has at least 1 repeat, got {repeats}. Pass repeats=1 or more.")
+
+
+def no_graphs(name: str) -> UnavailableError:
+    """What a device that is no GPU answers to `capture`."""
+    return UnavailableError(f"{name} has no CUDA graphs; drop --cuda-graph, or pass --device cuda")
 
 
 def check_sensors(device: Device, metrics: Iterable[str]) -> None:

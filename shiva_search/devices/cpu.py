@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile
 
-from .base import MIB, EnergySample, Run, SensorReport, check_repeats
+from .base import MIB, EnergySample, Run, SensorReport, check_repeats, no_graphs
 from .energy import EnergyMeter, SensorError
 from .host import describe_host, garbage_kept, host_conditions
 from .rapl import POWERCAP, RaplPackages
@@ -56,6 +56,14 @@ class CpuDevice:
                 run()
             ended_ns = time.perf_counter_ns()
         return (ended_ns - begun_ns) / repeats * 1e-6
+
+    def capture(self, run: Run) -> Run:
+        """Refuses: there are no graphs.
+
+        Raises:
+            UnavailableError: always.
+        """
+        raise no_graphs(self.name)
 
     def peak_memory_mib(self, run: Run) -> float:
         """The highest sum of torch's own allocations and releases during one run, in MiB.

@@ -41,6 +41,7 @@ class CudaDevice:
         self._cuda = cuda
         self._new_buffer = new_buffer or self._bytes
         self._flushed: Any = None
+        self._pool: Any = None
         self._properties = cuda.get_device_properties(index)
         try:
             self._gpu = NvmlGpu.find(*_addresses(self._properties))
@@ -102,18 +103,9 @@ class CudaDevice:
             return float(begun.elapsed_time(ended)) / repeats
 
     def capture(self, run: Run, warmups: int = 3) -> Run:
-        """Records a run as a CUDA graph, whose replay costs the host next to nothing.
-
-        Args:
-            run: has static shapes and reads its inputs from the same tensors each time.
-            warmups: executions on a side stream first, where libraries set themselves up.
-
-        Returns:
-            The replay, to be timed in place of the run.
-
-        Raises:
-            UnavailableError: the run does something a graph cannot hold.
-        """
+        """See the protocol; `warmups` executions come first, on a side stream, where libraries set themselves up."""
+        if self._pool is None:
+            self._pool = self._cuda.graph_pool_handle()
         with self._cuda.device(self._index):
             side = self._cuda.Stream()
             side.wait_stream(self._cuda.current_stream())
@@ -123,11 +115,11 @@ class CudaDevice:
             self._cuda.current_stream().wait_stream(side)
             graph = self._cuda.CUDAGraph()
             try:
-                with self._cuda.graph(graph):
+                with self._cuda.graph(graph, pool=self._pool):
                     run()
             except RuntimeError as error:
                 raise UnavailableError(
-                    f"this run cannot be captured as a CUDA graph: {_first_line(error)}. Measure it without capture."
+                    f"this run cannot be a CUDA graph: {_first_line(error)}. Measure it without --cuda-graph."
                 ) from error
         replay: Run = graph.replay
         return replay

@@ -51,6 +51,10 @@ class ReplayDevice:
         """
         raise self._no("time")
 
+    def capture(self, run: Run) -> Run:
+        """Refuses, as time_ms."""
+        raise self._no("time")
+
     def peak_memory_mib(self, run: Run) -> float | None:
         """Refuses, as time_ms."""
         raise self._no("memory")

@@ -19,7 +19,14 @@ from shiva_search.devices.base import Device
 from shiva_search.errors import InputError
 from shiva_search.models.model import Layer, Model
 from shiva_search.profiling.conditions import Part, is_meta, parts_of, without_blocks
-from shiva_search.profiling.end_to_end import dense_cell, energy_reason, other_costs, plan_cell, random_rows
+from shiva_search.profiling.end_to_end import (
+    capture_for,
+    dense_cell,
+    energy_reason,
+    other_costs,
+    plan_cell,
+    random_rows,
+)
 from shiva_search.profiling.flops import ModelFlops
 from shiva_search.profiling.sample_log import SampleLog
 from shiva_search.profiling.sampler import Cell, Group, Sampler
@@ -162,7 +169,8 @@ class Bench:
             for row in self.rows:
                 plan = Plan.from_rows(self.model, [row], workload=workload)
                 cells.append(plan_cell(self.model, plan, self.scorer, plan_name(row), self.seed))
-        self.sampler = Sampler(self.device, groups, cells, seed=self.seed, log=log, clock=self.clock)
+        capture = capture_for(self.model, self.device)
+        self.sampler = Sampler(self.device, groups, cells, seed=self.seed, log=log, capture=capture, clock=self.clock)
 
     def open_count(self) -> int:
         """Cells not known well enough yet."""
@@ -191,9 +199,11 @@ class Bench:
         wanted = [key for part in self.parts.values() for key in self._spread_keys(part.signature)] + ["rest"]
         share_s = seconds / (len(wanted) + 2)
         if FORWARDS in self.sampler.groups:
-            self.others["dense"] = other_costs(self.device, self.sampler.groups[FORWARDS].reference, share_s)
+            self.others["dense"] = other_costs(
+                self.sampler, self.device, self.sampler.groups[FORWARDS].reference, share_s
+            )
         for key in wanted:
-            self.others[key] = other_costs(self.device, self.sampler.cells[key], share_s)
+            self.others[key] = other_costs(self.sampler, self.device, self.sampler.cells[key], share_s)
         for key, cell in self.blocks.items():
             if cell.is_plain and key not in self.others and self.clock() < until:
                 self.others[key] = {"peak_memory_mib": self.device.peak_memory_mib(self.sampler.cells[key].run)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shiva_search.devices.base import Device
+from shiva_search.devices.base import Device, Run
 from shiva_search.errors import InputError
 from shiva_search.models.blocks import Kwargs
 from shiva_search.models.model import Model
@@ -84,14 +84,16 @@ def measure_plans(
             key: Cell(f"plan {key[0]}/{key[1]}", run.run, "forwards", prepare=run.prepare, target=_STEADY)
             for key, run in zip(keys, runs, strict=True)
         }
-        sampler = Sampler(device, [Group("forwards", reference)], list(cells.values()), seed=seed, clock=clock)
+        groups = [Group("forwards", reference)]
+        capture = capture_for(model, device)
+        sampler = Sampler(device, groups, list(cells.values()), seed=seed, capture=capture, clock=clock)
         try:
             has_energy = energy_reason(device) is None
             sampler.run(seconds * (1 - _ENERGY_SHARE if has_energy else 1), _report(progress, len(cells)))
             estimates = sampler.finish()
             share_s = seconds * _ENERGY_SHARE / (len(cells) + 1)
-            dense_costs = other_costs(device, reference, share_s)
-            costs = {key: other_costs(device, cell, share_s) for key, cell in cells.items()}
+            dense_costs = other_costs(sampler, device, reference, share_s)
+            costs = {key: other_costs(sampler, device, cell, share_s) for key, cell in cells.items()}
         finally:
             remove_plan(model.module)
     dense_ms = sampler.reference_ms("forwards")
@@ -225,13 +227,21 @@ def energy_reason(device: Device) -> str | None:
     return f"{device.name} has no energy sensor"
 
 
-def other_costs(device: Device, cell: Cell, seconds: float) -> dict[str, float | None]:
-    """Energy, power and peak memory of one cell, None where the device has no sensor."""
+def capture_for(model: Model, device: Device) -> Callable[[Run], Run] | None:
+    """What turns runs into CUDA graphs, where the workload asks for them."""
+    return device.capture if model.workload.cuda_graph else None
+
+
+def other_costs(sampler: Sampler, device: Device, cell: Cell, seconds: float) -> dict[str, float | None]:
+    """Energy, power and peak memory of one cell, None where the device has no sensor.
+
+    Energy is of what is timed. A graph's replay allocates nothing, so memory is that of the run it was made of.
+    """
     if cell.prepare is not None:
         cell.prepare()
     costs: dict[str, float | None] = {"energy_j": None, "power_w": None}
     if energy_reason(device) is None:
-        energy = device.measure_energy(cell.run, seconds)
+        energy = device.measure_energy(sampler.timed_run(cell), seconds)
         costs = {"energy_j": energy.energy_j_per_run, "power_w": energy.power_w}
     if cell.prepare is not None:
         cell.prepare()

@@ -20,13 +20,15 @@ from shiva_search.profiling.sample_log import Round, SampleLog
 from shiva_search.profiling.statistics import Estimate, disturbance_limit, estimate, is_disturbed, median_interval
 from shiva_search.records.profile import Sample
 
+Run = Callable[[], object]
+
 _LONG = 20  # a cell this many times longer than a sample must be is not repeated, so there is nothing to find out
 
 
 class Timer(Protocol):
     """The part of a device the sampler needs."""
 
-    def time_ms(self, run: Callable[[], object], repeats: int = 1) -> float: ...
+    def time_ms(self, run: Run, repeats: int = 1) -> float: ...
 
     def conditions(self) -> dict[str, Any]: ...
 
@@ -45,7 +47,7 @@ class Cell:
     """
 
     name: str
-    run: Callable[[], object]
+    run: Run
     group: str
     prepare: Callable[[], object] | None = None
     target: float = 0.01
@@ -83,6 +85,7 @@ class Sampler:
         min_sample_ms: short cells are repeated within a sample to last this long.
         round_s: length of a round.
         log: where samples go as rounds end; samples already there are taken up.
+        capture: makes of a run what is timed in its place (a CUDA graph's replay), once per cell.
         clock: seconds; the time the rounds are cut by.
     """
 
@@ -96,6 +99,7 @@ class Sampler:
         min_sample_ms: float = 1.0,
         round_s: float = 1.0,
         log: SampleLog | None = None,
+        capture: Callable[[Run], Run] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.device = device
@@ -111,6 +115,8 @@ class Sampler:
         self._clock = clock
         self._set_aside: dict[str, list[Sample]] = {}
         self._queues: dict[str, deque[str]] = {name: deque() for name in self.groups}
+        self._capture = capture
+        self._runs: dict[str, Run] = {}
         self._repeats: dict[str, int] = {}
         self._estimates: dict[str, tuple[int, Estimate]] = {}
         self._limits: dict[str, float] = dict.fromkeys(self.groups, math.inf)
@@ -203,6 +209,14 @@ class Sampler:
             rounds.setdefault(sample.round, []).extend((sample.before_ms, sample.after_ms))
         return median_interval(list(rounds.values()), self._seed) if rounds else None
 
+    def timed_run(self, cell: Cell) -> Run:
+        """What is timed for a cell, which is prepared: its run, or what `capture` made of it."""
+        if self._capture is None:
+            return cell.run
+        if cell.name not in self._runs:
+            self._runs[cell.name] = self._capture(cell.run)
+        return self._runs[cell.name]
+
     def _of_group(self, group: str) -> list[Sample]:
         return [
             sample for name, samples in self.samples.items() if self.cells[name].group == group for sample in samples
@@ -293,9 +307,10 @@ class Sampler:
             return False
         if cell.prepare is not None:
             cell.prepare()
-        once_ms = self.device.time_ms(cell.run)
+        run = self.timed_run(cell)
+        once_ms = self.device.time_ms(run)
         if once_ms < _LONG * self._min_sample_ms:
-            once_ms = min(self.device.time_ms(cell.run) for _ in range(2))
+            once_ms = min(self.device.time_ms(run) for _ in range(2))
         self._repeats[cell.name] = max(1, min(1000, math.ceil(self._min_sample_ms / max(once_ms, 1e-6))))
         return True
 
@@ -303,7 +318,7 @@ class Sampler:
         self._warm_up(cell)
         if cell.prepare is not None:
             cell.prepare()
-        return self.device.time_ms(cell.run, self._repeats[cell.name])
+        return self.device.time_ms(self.timed_run(cell), self._repeats[cell.name])
 
 
 def _over_round(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

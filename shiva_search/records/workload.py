@@ -8,6 +8,7 @@ from typing import Any
 from shiva_search.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
+_SAID_ONLY = ("frames", "cuda_graph")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Workload:
         text_tokens: context tokens (None: the model's own; 0 for models without).
         guidance: the batch is [unconditional half, conditional half]; both share one selection (eq. 32).
         compile: blocks run through torch.compile.
+        cuda_graph: forwards run as CUDA graphs, which spare the host its part.
         threads: CPU threads (None: torch's default).
     """
 
@@ -33,6 +35,7 @@ class Workload:
     compile: bool = False
     threads: int | None = None
     frames: int | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -53,8 +56,8 @@ class Workload:
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; `frames` only where it is said, so that files of image models are as they always were."""
-        return {name: value for name, value in asdict(self).items() if name != "frames" or value is not None}
+        """JSON-able; `frames` and `cuda_graph` only where they are said, so that other files stay as they were."""
+        return {name: value for name, value in asdict(self).items() if name not in _SAID_ONLY or value}
 
     def differences(self, other: Workload) -> list[tuple[str, str]]:
         """What differs, in words, by field: of this workload and of the other ("batch 2", "batch 4")."""

@@ -134,6 +134,7 @@ def _subtitle(summary: Summary) -> str:
         str(workload.get("dtype") or ""),
         "with guidance" if workload.get("guidance") else "",
         "compiled" if workload.get("compile") else "",
+        "as CUDA graphs" if workload.get("cuda_graph") else "",
         "one denoising step",
     ]
     return ", ".join(word for word in words if word)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from shiva_search.errors import InputError
+from shiva_search.errors import InputError, UnavailableError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.bypass import AffineBypass
 from shiva_search.runtime.compiled import compiled_attend_all, compiled_forwards
+from shiva_search.runtime.graphs import ForwardGraphs
 from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.pruned_block import Controller, Gate, PrunedBlock
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
@@ -76,6 +77,7 @@ class AppliedPlan:
         ]
         self._root = Attached(model.module, partial(_PlannedForward, self))
         self._compiled: list[tuple[nn.Module, Any]] = []
+        self.graphs: ForwardGraphs | None = None
         object.__setattr__(model.module, _MARK, self)
 
     def _check_rows(self) -> None:
@@ -135,6 +137,43 @@ class AppliedPlan:
                     block.compiled_attend_all = compiled_attend_all(block.layer, block.attend_all, shared, **options)
         return self
 
+    def capture(self) -> AppliedPlan:
+        """Run forwards without gradients as CUDA graphs from now on, until the plan is taken off.
+
+        The first forward of each kind (shapes, dtypes, values that are no tensors, segment) records its graph, and
+        whatever later ones change but tensors' values, they do without: put adapters on, move and compile the model
+        before. Outputs are the caller's own.
+
+        Returns:
+            This handle.
+
+        Raises:
+            UnavailableError: the model is not on a GPU.
+        """
+        place = next(self.model.module.parameters()).device
+        if place.type != "cuda":
+            raise UnavailableError(f"CUDA graphs need a model on a GPU, this one is on {place}; move it there first")
+        self.graphs = ForwardGraphs()
+        return self
+
+    def row_of(self, named: Mapping[str, Any]) -> int:
+        """The plan's row for a forward, from its timestep.
+
+        Raises:
+            InputError: the samples of a batch lie in several segments of the plan.
+        """
+        if len(self.plan.segments) == 1:
+            return 0
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return self.controller.row  # nothing can be read back: that of the warm-ups before
+        rows = {self.plan.row_at(t) for t in self.model.times(named).tolist()}
+        if len(rows) > 1:
+            raise InputError(
+                f"samples of one batch lie in {len(rows)} timestep segments of the plan; "
+                "run them in separate forwards, or use a plan with one segment"
+            )
+        return rows.pop()
+
     def begin(self, named: Mapping[str, Any]) -> None:
         """Read from the arguments of a forward what its blocks will ask for; the root's stand-in calls this.
 
@@ -146,19 +185,11 @@ class AppliedPlan:
             self.model.check_tokens(named, self.plan.tokens)
         controller.t_B = self.model.times(named)
         controller.history = None
-        controller.row = 0
+        controller.row = self.row_of(named)
         if not torch.compiler.is_compiling():
             controller.entered.clear()
         if self._looks_for_halves:
             controller.halves = _equal_halves(named[self.model.family.image_argument])
-        if len(self.plan.segments) > 1:
-            rows = {self.plan.row_at(t) for t in controller.t_B.tolist()}
-            if len(rows) > 1:
-                raise InputError(
-                    f"samples of one batch lie in {len(rows)} timestep segments of the plan; "
-                    "run them in separate forwards, or use a plan with one segment"
-                )
-            controller.row = rows.pop()
 
     def end(self) -> None:
         """Let go of the forward's tensors, and make sure that no block ran without the plan.
@@ -194,6 +225,7 @@ class AppliedPlan:
     def remove(self) -> None:
         """Take everything off; the model is as it was before, and other hooks on it stay. Safe to call twice."""
         self.take_off()
+        self.graphs = None
         while self._compiled:
             module, before = self._compiled.pop()
             module._compiled_call_impl = before
@@ -217,10 +249,19 @@ class _PlannedForward(StandIn):
         self.applied = applied
 
     def stand_in(self, *args: Any, **kwargs: Any) -> Any:
-        self.applied.begin({**kwargs, **dict(zip(self.applied.root_arguments, args, strict=False))})
+        graphs = self.applied.graphs
+        if graphs is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._planned(*args, **kwargs)
+        return graphs.run(self._planned, args, kwargs, self.applied.row_of(self._named(args, kwargs)))
+
+    def _planned(self, *args: Any, **kwargs: Any) -> Any:
+        self.applied.begin(self._named(args, kwargs))
         output = self.forward(*args, **kwargs)
         self.applied.end()
         return output
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**kwargs, **dict(zip(self.applied.root_arguments, args, strict=False))}
 
 
 def _equal_halves(images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | None:

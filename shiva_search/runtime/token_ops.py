@@ -9,9 +9,12 @@ import torch
 
 
 def top_k(scores_BN: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices [B, K] of the k highest scores, ascending (so that memory is read in order), int64 (eq. 3)."""
+    """Indices [B, K] of the k highest scores, int64 (eq. 3); ascending on a CPU, so that memory is read in order.
+
+    A GPU gives them in the order it finds them, the same for the same scores: sorting took as long as finding them.
+    """
     kept_BK = torch.topk(scores_BN, k, dim=1, sorted=False).indices
-    return kept_BK.sort(dim=1).values
+    return kept_BK if kept_BK.is_cuda else kept_BK.sort(dim=1).values
 
 
 def gather_tokens(x_BND: torch.Tensor, kept_BK: torch.Tensor) -> torch.Tensor:
@@ -26,8 +29,11 @@ def scatter_tokens(
 ) -> torch.Tensor:
     """x with the kept rows replaced (eq. 4). x itself is left alone, unless it is the caller's `own` to overwrite."""
     table, updated = x_BND.reshape(-1, x_BND.shape[-1]), updated_BKD.reshape(-1, x_BND.shape[-1])
-    rows = (_rows(kept_BK, x_BND.shape[1]),)  # index_put is a little faster than index_copy
-    return (table.index_put_(rows, updated) if own else table.index_put(rows, updated)).view(x_BND.shape)
+    rows = _rows(kept_BK, x_BND.shape[1])
+    if table.is_cuda:
+        return (table.index_copy_(0, rows, updated) if own else table.index_copy(0, rows, updated)).view(x_BND.shape)
+    # On a CPU index_put is a little faster.
+    return (table.index_put_((rows,), updated) if own else table.index_put((rows,), updated)).view(x_BND.shape)
 
 
 def _rows(kept_BK: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ _KEEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of tokens that stay with the bloc
 
 @dataclass
 class _Sums:
-    """Normal equations of one layer and segment, float64."""
+    """Normal equations of one layer and segment, float64, on the model's device."""
 
     features_PP: torch.Tensor
     updates_PD: torch.Tensor
@@ -46,11 +46,11 @@ class _Sums:
     rows: int = 0
 
     @classmethod
-    def empty(cls, width: int, condition_width: int, ranks: int) -> _Sums:
+    def empty(cls, width: int, condition_width: int, ranks: int, device: torch.device) -> _Sums:
         features = 2 * width + condition_width + 1
 
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         tokens = 2 * width
         return cls(
@@ -116,12 +116,13 @@ def fit_bypasses(
     bank: BypassBank | None = None
     report = FitReport()
     for index in range(passes):
-        made = BypassBank(model.layer_count, width, condition_width, kind, offered, segments)
+        made = BypassBank(model.layer_count, width, condition_width, kind, offered, segments).to(device)
         layers = list(range(1, model.layer_count))
         for first in range(0, len(layers), at_once):
             wanted = layers[first : first + at_once]
             sums = {
-                layer: [_Sums.empty(width, condition_width, len(offered)) for _ in range(segments)] for layer in wanted
+                layer: [_Sums.empty(width, condition_width, len(offered), device) for _ in range(segments)]
+                for layer in wanted
             }
             run = _Pass(model, bank, sums, tokens_per_sample, torch.Generator().manual_seed(seed * 1009 + index))
             run.over(samples, chunk, seed * passes + index)
@@ -133,7 +134,7 @@ def fit_bypasses(
                     report.missed[layer] = {
                         rank: float(total[1 + place] / total[0]) for place, rank in enumerate(offered)
                     }
-        bank = made.to(device)
+        bank = made
         say(f"bypasses: pass {index + 1} of {passes} over {samples} inputs")
     assert bank is not None
     bank.model = model.fingerprint()
@@ -269,8 +270,8 @@ def _add(
     condition_BMC = condition_BC[:, None].expand(-1, x_BMD.shape[1], -1)
     all_BMP = torch.cat([tokens_BMP, condition_BMC, torch.ones_like(x_BMD[..., :1])], dim=-1)
     all_nP, f_nD = all_BMP.flatten(0, 1), f_BMD.flatten(0, 1)
-    sums.features_PP += (all_nP.T @ all_nP).cpu()
-    sums.updates_PD += (all_nP.T @ f_nD).cpu()
+    sums.features_PP += all_nP.T @ all_nP
+    sums.updates_PD += all_nP.T @ f_nD
     sums.rows += len(all_nP)
     square_BM = f_BMD.square().sum(-1)
     if bypass is None or hidden_BMQ is None:
@@ -281,13 +282,13 @@ def _add(
             moved_BMD = bypass.move(x_BMD, hidden_BMQ, rank, segment)
             parts.append((f_BMD - (moved_BMD - x_BMD)).square().sum(-1))
         missed_BMV = torch.stack(parts, dim=-1)
-    sums.squared += torch.cat([square_BM.sum()[None], missed_BMV.sum((0, 1))]).cpu()
+    sums.squared += torch.cat([square_BM.sum()[None], missed_BMV.sum((0, 1))])
     logs_BMV = (missed_BMV + _MISS_FLOOR * missed_BMV.mean((0, 1)) + 1e-30).log()
     within_BMP = tokens_BMP - tokens_BMP.mean(1, keepdim=True)
     logs_BMV = logs_BMV - logs_BMV.mean(1, keepdim=True)
     within_nP = within_BMP.flatten(0, 1)
-    sums.within_PP += (within_nP.T @ within_nP).cpu()
-    sums.misses_PV += (within_nP.T @ logs_BMV.flatten(0, 1)).cpu()
+    sums.within_PP += within_nP.T @ within_nP
+    sums.misses_PV += within_nP.T @ logs_BMV.flatten(0, 1)
 
 
 def _solve(bypass: AffineBypass, sums: _Sums, segment: int) -> None:
@@ -324,7 +325,7 @@ def ridge(covariance_PP: torch.Tensor, cross_PD: torch.Tensor, strength: float =
     scale_P = covariance_PP.diagonal().clamp_min(0.0).sqrt()
     inverse_P = torch.where(scale_P > 1e-9 * scale_P.max(), 1.0 / scale_P.clamp_min(1e-300), 0.0)
     standard_PP = covariance_PP * inverse_P[:, None] * inverse_P
-    standard_PP = standard_PP + strength * torch.eye(len(standard_PP), dtype=standard_PP.dtype)
+    standard_PP.diagonal().add_(strength)
     return inverse_P[:, None] * torch.linalg.solve(standard_PP, inverse_P[:, None] * cross_PD)
 
 

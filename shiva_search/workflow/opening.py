@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shiva_search.devices import check_sensors, open_device
+from shiva_search.devices import check_sensors, no_graphs, open_device
 from shiva_search.models.catalog import load_model
 from shiva_search.models.model import Model
 
@@ -25,10 +25,12 @@ def open_both(
         limited: budget metrics that will be measured on the device.
 
     Raises:
-        ShivaError: no such device, sensor or model, or the workload does not fit it.
+        ShivaError: no such device, sensor or model, or the workload does not fit them.
     """
     device = open_device(device_name)
     check_sensors(device, limited)
+    if workload.get("cuda_graph") and device.name == "cpu":
+        raise no_graphs(device.name)
     model = load_model(model_name, device=str(device.torch_device), seed=seed, **workload)
     if model.workload.threads is not None:
         torch.set_num_threads(model.workload.threads)

@@ -135,9 +135,13 @@ class RecordedCuda:
         self.graphs.append(RecordedGraph())
         return self.graphs[-1]
 
+    def graph_pool_handle(self) -> str:
+        self.calls.append("new pool")
+        return "pool"
+
     @contextmanager
-    def graph(self, graph: RecordedGraph) -> Iterator[None]:
-        self.calls.append("capture begins")
+    def graph(self, graph: RecordedGraph, pool: str) -> Iterator[None]:
+        self.calls.append(f"capture into {pool} begins")
         if not self._capturable:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors ...")
         yield

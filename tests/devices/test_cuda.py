@@ -61,8 +61,10 @@ def test_peak_memory_is_above_what_was_live() -> None:
 
 def test_capture_warms_up_on_a_side_stream_and_returns_the_replay() -> None:
     cuda = RecordedCuda()
-    replay = device_on(cuda).capture(lambda: cuda.calls.append("run"), warmups=2)
+    device = device_on(cuda)
+    replay = device.capture(lambda: cuda.calls.append("run"), warmups=2)
     assert cuda.calls == [
+        "new pool",
         "enter device 0",
         "side stream waits for current stream",
         "on side stream",
@@ -70,7 +72,7 @@ def test_capture_warms_up_on_a_side_stream_and_returns_the_replay() -> None:
         "run",
         "off side stream",
         "current stream waits for side stream",
-        "capture begins",
+        "capture into pool begins",
         "run",
         "capture ends",
         "leave device 0",
@@ -79,6 +81,8 @@ def test_capture_warms_up_on_a_side_stream_and_returns_the_replay() -> None:
     replay()
     assert cuda.graphs[0].replays == 2
     assert cuda.calls.count("run") == 3
+    device.capture(lambda: None)
+    assert cuda.calls.count("new pool") == 1  # graphs of a device share their memory
 
 
 def test_what_cannot_be_captured_is_refused_in_one_line() -> None:

@@ -65,7 +65,7 @@ class TestEveryDevice:
 
         time_ms = min(device.time_ms(run, repeats=5) for _ in range(3))
         assert ran == 15
-        assert 1.9 < time_ms < 8  # and 10 ms and more if it were the sum
+        assert 1.2 < time_ms < 8  # 10 ms and more if it were the sum; a GPU that still flushes starts its clock late
 
     @pytest.mark.parametrize("repeats", [0, -1])
     def test_refuses_a_sample_of_nothing(self, device: Device, repeats: int) -> None:
