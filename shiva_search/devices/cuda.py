@@ -6,6 +6,8 @@ current one, since events and streams belong to whichever is current.
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +44,7 @@ class CudaDevice:
         self._new_buffer = new_buffer or self._bytes
         self._flushed: Any = None
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self._properties = cuda.get_device_properties(index)
         try:
             self._gpu = NvmlGpu.find(*_addresses(self._properties))
@@ -50,7 +53,7 @@ class CudaDevice:
         self._meter: EnergyMeter | None = None
         self._no_energy: str | None = None
         try:
-            self._meter = EnergyMeter(self._gpu.energy_source(), self.synchronize, idle_s=idle_s)
+            self._meter = EnergyMeter(self._gpu.energy_source(), self.synchronize, idle_s=idle_s, mark=self._mark)
         except SensorError as error:
             self._no_energy = str(error)
 
@@ -104,7 +107,7 @@ class CudaDevice:
 
     def capture(self, run: Run, warmups: int = 3) -> Run:
         """See the protocol; `warmups` executions come first, on a side stream, where libraries set themselves up."""
-        if self._pool is None:
+        if not self._graphs:  # a pool goes with the last graph in it
             self._pool = self._cuda.graph_pool_handle()
         with self._cuda.device(self._index):
             side = self._cuda.Stream()
@@ -115,12 +118,14 @@ class CudaDevice:
             self._cuda.current_stream().wait_stream(side)
             graph = self._cuda.CUDAGraph()
             try:
-                with self._cuda.graph(graph, pool=self._pool):
+                with warnings.catch_warnings(), self._cuda.graph(graph, pool=self._pool):
+                    warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a skipped block queues nothing
                     run()
             except RuntimeError as error:
                 raise UnavailableError(
                     f"this run cannot be a CUDA graph: {_first_line(error)}. Measure it without --cuda-graph."
                 ) from error
+        self._graphs.add(graph)
         replay: Run = graph.replay
         return replay
 
@@ -157,6 +162,13 @@ class CudaDevice:
             SensorReport(source, "power_w", self._meter is not None, how),
             SensorReport("torch allocator", "peak_memory_mib", True, "torch.cuda.max_memory_allocated"),
         ]
+
+    def _mark(self) -> Callable[[], object]:
+        """Waits for what has been queued up to now, and not for what comes later."""
+        event = self._cuda.Event()
+        event.record()
+        wait: Callable[[], object] = event.synchronize
+        return wait
 
     def _flush_l2(self) -> None:
         if self._flushed is None:

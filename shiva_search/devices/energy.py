@@ -66,6 +66,8 @@ class EnergyMeter:
             since each end is known to within the time between two polls.
         poll_s: time between two polls: short against the source's updates, long against waiting for the device.
         idle_s: length of the idle window, taken once before the first measurement; 0 leaves it out.
+        mark: for a device with a queue: remembers what is queued by now, and returns what waits for it. Then the next
+            runs are queued before the source is read: reading takes NVML milliseconds, in which the device would idle.
     """
 
     def __init__(
@@ -75,12 +77,14 @@ class EnergyMeter:
         min_ticks: int = 10,
         poll_s: float = 0.01,
         idle_s: float = 1.0,
+        mark: Callable[[], Callable[[], object]] | None = None,
     ) -> None:
         self.source = source
         self._synchronize = synchronize
         self._min_ticks = min_ticks
         self._poll_s = poll_s
         self._idle_s = idle_s
+        self._mark = mark
         self._idle: EnergySample | None = None
 
     def measure(self, run: Run, min_seconds: float) -> EnergySample:
@@ -114,11 +118,13 @@ class EnergyMeter:
         edges: list[_Reading] = []
         polls = 0  # since the first edge
         per_poll = 1
+        wait, finished = self._queue(run, per_poll), per_poll
         while True:
-            for _ in range(per_poll):
-                run()
-            self._synchronize()
-            now = _Reading(time.perf_counter(), self.source.read_j(), last.runs + per_poll)
+            if self._mark is not None:
+                # All readings find the device at the start of the runs queued last, so that windows hold whole ones.
+                upcoming = self._queue(run, per_poll)
+            wait()
+            now = _Reading(time.perf_counter(), self.source.read_j(), finished)
             polls += bool(edges)
             if now.joules != last.joules:
                 edges.append(now)
@@ -128,8 +134,19 @@ class EnergyMeter:
                 break
             if now.seconds - origin_s >= limit_s:
                 break
+            if self._mark is not None:
+                wait, finished = upcoming, finished + per_poll
             per_poll = max(1, int(self._poll_s * now.runs / (now.seconds - begun)))
+            if self._mark is None:
+                wait, finished = self._queue(run, per_poll), finished + per_poll
+        self._synchronize()
         return self._judged(edges, polls, min_seconds, begun, last)
+
+    def _queue(self, run: Run, count: int) -> Callable[[], object]:
+        """Queues runs; what waits for them."""
+        for _ in range(count):
+            run()
+        return self._synchronize if self._mark is None else self._mark()
 
     def _judged(
         self, edges: list[_Reading], polls: int, min_seconds: float, begun_s: float, last: _Reading

@@ -83,6 +83,10 @@ def test_capture_warms_up_on_a_side_stream_and_returns_the_replay() -> None:
     assert cuda.calls.count("run") == 3
     device.capture(lambda: None)
     assert cuda.calls.count("new pool") == 1  # graphs of a device share their memory
+    del replay
+    cuda.graphs.clear()
+    device.capture(lambda: None)
+    assert cuda.calls.count("new pool") == 2  # which goes with the last of them
 
 
 def test_what_cannot_be_captured_is_refused_in_one_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -60,6 +61,53 @@ def test_readings_cover_finished_runs_only() -> None:
 
     sample = EnergyMeter(work.source(), finish, poll_s=0.001, idle_s=0).measure(queue, 0.02)
     assert sample.energy_j_per_run == pytest.approx(2.0)
+
+
+class Queueing:
+    """A device with a queue, 500 W at work and 100 W idle, whose counter takes long to read; its clock is its own."""
+
+    run_s, read_s, tick_s = 0.002, 0.004, 0.1
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.busy: list[list[float]] = [[0.0, 0.0]]  # stretches of work, from and to
+
+    def queue(self) -> None:
+        self.now_s += 1e-5
+        if self.busy[-1][1] < self.now_s:
+            self.busy.append([self.now_s, self.now_s])
+        self.busy[-1][1] += self.run_s
+
+    def mark(self) -> Callable[[], None]:
+        queued_s = self.busy[-1][1]
+
+        def wait() -> None:
+            self.now_s = max(self.now_s, queued_s)
+
+        return wait
+
+    def finish(self) -> None:
+        self.now_s = max(self.now_s, self.busy[-1][1])
+
+    def read_j(self) -> float:
+        self.now_s += self.read_s
+        told_s = self.now_s // self.tick_s * self.tick_s
+        worked_s = sum(max(0.0, min(end, told_s) - begin) for begin, end in self.busy)
+        return 100 * told_s + 400 * worked_s
+
+
+@pytest.mark.parametrize(("ahead", "wanted_w"), [(True, 500), (False, 233)])
+def test_a_slow_reading_does_not_idle_a_device_with_a_queue(
+    ahead: bool, wanted_w: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Queueing()
+    monkeypatch.setattr(time, "perf_counter", lambda: device.now_s)
+    source = CounterSource("test counter", device.read_j, 0.2)
+    mark = device.mark if ahead else None
+    sample = EnergyMeter(source, device.finish, idle_s=0, mark=mark).measure(device.queue, 1.0)
+    assert sample.power_w == pytest.approx(wanted_w, rel=0.05)
+    if ahead:
+        assert sample.energy_j_per_run == pytest.approx(500 * device.run_s, rel=0.03)
 
 
 def test_long_runs_need_fewer_updates() -> None:

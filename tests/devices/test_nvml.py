@@ -247,4 +247,4 @@ def test_a_cuda_device_on_scripted_sensors(nvml: Nvml) -> None:
     assert answer["energy"]["power_w"] == pytest.approx(200, rel=0.2)
     assert answer["energy"]["idle_power_w"] == pytest.approx(200, rel=0.2)
     assert answer["calls"][0] == "enter device 0"
-    assert answer["calls"].count("synchronize 0") > 10
+    assert answer["calls"].count("wait for mark") > 10
