@@ -53,11 +53,13 @@ def main() -> None:
         profile = profile_model(model, device, seconds=seconds, seed=seed, scorer=Router.for_model(model, seed=0))
         took_s = time.perf_counter() - begun
         cost = fit_cost_model(profile)
-        predicted, measured, widths = held_out(model, cost, device, options.plans, measure_seconds, seed + 1000)
+        predicted, measured, widths, dense_ms = held_out(
+            model, cost, device, options.plans, measure_seconds, seed + 1000
+        )
         figures = errors_of(predicted, measured, cost.interval)
         runs.append({**figures, "profile_s": took_s, "interval": cost.interval})
         print(
-            f"run {run + 1}: profile {took_s:.0f} s, dense {cost.dense.latency_ms:.1f} ms; "
+            f"run {run + 1}: profile {took_s:.0f} s, dense {cost.dense.latency_ms:.1f} ms, then {dense_ms:.1f}; "
             f"median error {figures['median_error']:.2%}, 95th percentile {figures['p95_error']:.2%}, "
             f"bias {figures['bias']:+.2%}, Spearman {figures['spearman']:.4f}; 90 % interval +-{cost.interval:.1%} "
             f"held {figures['coverage']:.0%}; measured to +-{float(np.median(widths)):.1%}",

@@ -53,8 +53,10 @@ def random_dit(heads: int, head_width: int, layers: int, side: int, batch: int) 
 
 def held_out(
     model: Model, cost: CostModel, device: Device, plans: int, seconds: float, seed: int
-) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Predicted and measured share of the dense latency, and half-widths of the measured intervals, of random plans."""
+) -> tuple[np.ndarray, np.ndarray, list[float], float]:
+    """Predicted and measured share of the dense latency of random plans, half-widths of the measured intervals, and the
+    dense latency by then, in ms.
+    """
     rows = random_rows(model.layer_count, model.tokens, plans, seed)
     chosen = [Plan.from_rows(model, [row], workload=model.workload.as_dict()) for row in rows]
     router = Router.for_model(model, seed=0)
@@ -62,7 +64,8 @@ def held_out(
     dense_ms = cost.dense.latency_ms or 1.0
     predicted = np.array([(cost.predict(plan).latency_ms or 0.0) / dense_ms for plan in chosen])
     measured = np.array([item.ratio for item in found])
-    return predicted, measured, [(item.ratio_high - item.ratio_low) / 2 / item.ratio for item in found]
+    widths = [(item.ratio_high - item.ratio_low) / 2 / item.ratio for item in found]
+    return predicted, measured, widths, found[0].dense_latency_ms
 
 
 def errors_of(predicted: np.ndarray, measured: np.ndarray, interval: float) -> dict[str, float]:

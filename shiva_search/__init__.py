@@ -32,6 +32,7 @@ _HOME = {
     "fidelity": "shiva_search.api",
     "fit_bypasses": "shiva_search.api",
     "fit_cost_model": "shiva_search.api",
+    "keep_freed_memory": "shiva_search.devices.host",
     "from_pretrained": "shiva_search.api",
     "load_model": "shiva_search.api",
     "load_profile": "shiva_search.api",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         warm_up,
         wrap,
     )
+    from shiva_search.devices.host import keep_freed_memory
     from shiva_search.errors import BudgetBrokenError, InfeasibleBudgetError, InputError, ShivaError, UnavailableError
     from shiva_search.records.budget import Budget
     from shiva_search.records.cost import CostEstimate

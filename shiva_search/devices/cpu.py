@@ -18,12 +18,12 @@ from torch.autograd.profiler import profile
 
 from .base import MIB, EnergySample, Run, SensorReport, check_repeats, no_graphs
 from .energy import EnergyMeter, SensorError
-from .host import describe_host, garbage_kept, host_conditions
+from .host import describe_host, garbage_kept, host_conditions, keep_freed_memory
 from .rapl import POWERCAP, RaplPackages
 
 
 class CpuDevice:
-    """The processor this program runs on.
+    """The processor this program runs on. Memory that is freed stays with the process from now on (keep_freed_memory).
 
     Args:
         powercap: the folder RAPL is read from.
@@ -32,6 +32,7 @@ class CpuDevice:
 
     def __init__(self, powercap: Path = POWERCAP, idle_s: float = 1.0) -> None:
         self.name = "cpu"
+        self._keeps_memory = keep_freed_memory()
         self.torch_device = torch.device("cpu")
         self._meter: EnergyMeter | None = None
         self._no_energy: str | None = None
@@ -41,8 +42,8 @@ class CpuDevice:
             self._no_energy = str(error)
 
     def describe(self) -> dict[str, Any]:
-        """Processor, kernel, cores, memory, clocks and versions."""
-        return {"name": self.name, **describe_host()}
+        """Processor, kernel, cores, memory, clocks and versions, and whether the process keeps memory it freed."""
+        return {"name": self.name, **describe_host(), "keeps_freed_memory": self._keeps_memory}
 
     def synchronize(self) -> None:
         """Returns at once: a CPU has finished when the call returns."""

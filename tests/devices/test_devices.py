@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +19,7 @@ from recorded_cuda import RecordedCuda
 from shiva_search.devices import Device, check_sensors, list_devices, open_device
 from shiva_search.devices.cpu import CpuDevice
 from shiva_search.devices.cuda import CudaDevice
+from shiva_search.devices.host import keep_freed_memory
 from shiva_search.errors import InputError, UnavailableError
 
 
@@ -153,3 +158,36 @@ def test_cuda_that_is_not_there(name: str) -> None:
         open_device(name)
     assert refusal.value.exit_code == 4
     assert "\n" not in str(refusal.value)
+
+
+FAULTS = """
+import resource
+import torch
+import shiva_search as ss
+{call}
+model = ss.load_model()
+inputs = model.example()
+def forward():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with torch.no_grad():
+        model.module(**inputs)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sorted(forward() for _ in range(9))[4])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_stays_where_it_is_used_again(kept: bool) -> None:
+    """Page faults of a forward that has run before: hardly any, or as many as it needs memory."""
+    call = "assert ss.keep_freed_memory()" if kept else ""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", FAULTS.format(call=call)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    faults = int(done.stdout)
+    assert faults < 100 if kept else faults > 1000
+
+
+def test_a_users_own_setting_of_the_heap_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert keep_freed_memory() is False
