@@ -3,9 +3,10 @@
 In: tokens and condition of a layer. Out: the tokens after the cheap path, and how much the block would have added.
 Both read the same projection, so choosing tokens costs one more column of a matrix product.
 
-For a token x of width D in a layer with condition c (eq. of ours, beyond the paper; fit in selection/closed_form.py):
+For a token x of width D in a layer with condition c and mean token m (eq. of ours, beyond the paper; fit in
+selection/closed_form.py):
 
-    h    = A n(x) + B x + C n(c) + h0         [R], n: zero mean, unit variance (a LayerNorm without weights)
+    h    = A n(x) + B x + C [n(c), n(m)] + h0 [R], n: zero mean, unit variance (a LayerNorm without weights)
     x'   = x + U_r h_r + u                    first r of the R hidden values: ranks are nested
     s_r  = a_r . n(x) + b_r . x               log of the squared update that x' lacks, up to a constant per sample
 
@@ -29,6 +30,13 @@ _EPS = 1e-5  # of the variance, as in nn.LayerNorm
 _ALIGNED = 8  # elements of two bytes: the 16 that tensor cores load at once
 
 
+def image_features(x_BND: torch.Tensor, condition_BC: torch.Tensor) -> torch.Tensor:
+    """What all tokens of an image share: [n(c), n(mean of x over tokens)], [B, C + D], float32 or wider."""
+    pooled_BD = x_BND.mean(1, dtype=torch.promote_types(x_BND.dtype, torch.float32))
+    condition_BC = condition_BC.to(pooled_BD.dtype)
+    return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in (condition_BC, pooled_BD)], dim=-1)
+
+
 class AffineBypass(nn.Module):
     """The affine bypass of one layer, with a score for each rank on offer.
 
@@ -47,7 +55,7 @@ class AffineBypass(nn.Module):
         # Rows of hidden values, then of scores. Those over n(x) have zero mean, so that x need not be centred.
         self.over_normed = nn.Parameter(torch.zeros(segments, rows, width))
         self.over_tokens = nn.Parameter(torch.zeros(segments, rows, width))
-        self.over_condition = nn.Parameter(torch.zeros(segments, rank, condition_width))
+        self.over_image = nn.Parameter(torch.zeros(segments, rank, condition_width + width))
         self.hidden = nn.Parameter(torch.zeros(segments, rank))
         self.out = nn.Parameter(torch.zeros(segments, rank, width))
         self.mean = nn.Parameter(torch.zeros(segments, width))
@@ -86,8 +94,8 @@ class AffineBypass(nn.Module):
         hidden_BNQ = torch.addcmul(read_BNQ[..., rows : 2 * rows], read_BNQ[..., :rows], scale_BN1)
         if not taken:
             return hidden_BNQ
-        normed_BC = F.layer_norm(condition_BC.to(wide), condition_BC.shape[-1:])
-        shift_BR = F.linear(normed_BC, self.over_condition[row, :taken].to(wide), self.hidden[row, :taken].to(wide))
+        image_BE = image_features(x_BND, condition_BC)
+        shift_BR = F.linear(image_BE, self.over_image[row, :taken].to(wide), self.hidden[row, :taken].to(wide))
         return hidden_BNQ + F.pad(shift_BR, (0, rows - taken))[:, None]
 
     def scores(self, hidden_BNQ: torch.Tensor, rank: int) -> torch.Tensor:

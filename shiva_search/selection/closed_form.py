@@ -4,11 +4,14 @@ A pass runs the dense model over the inputs once, block by block: a sample of ea
 equations in float64, and nothing else is kept. From the second pass on some tokens of each layer leave by the bypass
 of the pass before, so that a layer learns from tokens as they are behind pruned layers, not as in the dense model.
 
-Updates: ridge regression of f = block(x) - x on [n(x), x, n(c)], then reduced rank (Izenman 1975): the directions of
-the fitted values that carry most. Scores: ridge regression of log |f - bypass|^2 on [n(x), x], both less their mean
-over the sample's tokens, since only the order within a sample counts.
+Updates f = block(x) - x: within images, ridge regression of f on t = [n(x), x], both less their means over the image's
+tokens; between images, of the mean f less what that gives for the mean t, on z = [n(c), n(mean x)], with the penalty
+that generalised cross-validation finds (Golub, Heath, Wahba 1979), since there are only as many samples as images. Then
+reduced rank (Izenman 1975): the directions of the fitted values that carry most. Scores: ridge regression of
+log |f - bypass|^2 on t within images, since only the order within a sample counts.
 
-Legend: B samples, N tokens, M of them drawn, D width, C condition width, P features, R rank, V ranks, S segments.
+Legend: B samples, N tokens, M of them drawn, D width, C condition width, E features of images, T features of tokens
+(2 D), R rank, V ranks, S segments.
 """
 
 from __future__ import annotations
@@ -23,39 +26,45 @@ import torch.nn.functional as F
 
 from shiva_search.errors import InputError
 from shiva_search.models.model import Layer, Model
-from shiva_search.runtime.bypass import AffineBypass, BypassBank
+from shiva_search.runtime.bypass import AffineBypass, BypassBank, image_features
 from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.token_ops import gather_tokens, top_k
 from shiva_search.selection.router import widths_of
 
 RANKS = (16, 32)
 _RIDGE = 1e-4  # of each standardised feature
+_PENALTIES = tuple(10.0**power for power in (-6, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 _MISS_FLOOR = 1e-3  # of the mean squared miss: tokens below are all alike
 _KEEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of tokens that stay with the block, drawn by layer and chunk
 
 
 @dataclass
 class _Sums:
-    """Normal equations of one layer and segment, float64, on the model's device."""
+    """Normal equations of one layer and segment, float64, on the model's device.
 
-    features_PP: torch.Tensor
-    updates_PD: torch.Tensor
-    within_PP: torch.Tensor
-    misses_PV: torch.Tensor
+    Within images, of tokens' features and their updates; between images, of [z, mean t, 1] and the mean update.
+    """
+
+    within_TT: torch.Tensor
+    updates_TD: torch.Tensor
+    misses_TV: torch.Tensor
+    images_GG: torch.Tensor
+    means_GD: torch.Tensor
+    mean_square: torch.Tensor  # of the mean updates
     squared: torch.Tensor  # of the updates, then of what each rank misses: [1 + V]
     rows: int = 0
+    images: int = 0
 
     @classmethod
     def empty(cls, width: int, condition_width: int, ranks: int, device: torch.device) -> _Sums:
-        features = 2 * width + condition_width + 1
+        tokens, all_means = 2 * width, 3 * width + condition_width + 1
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        tokens = 2 * width
         return cls(
-            zeros(features, features), zeros(features, width), zeros(tokens, tokens), zeros(tokens, ranks),
-            zeros(1 + ranks),
+            zeros(tokens, tokens), zeros(tokens, width), zeros(tokens, ranks),
+            zeros(all_means, all_means), zeros(all_means, width), zeros(), zeros(1 + ranks),
         )  # fmt: skip
 
 
@@ -110,7 +119,7 @@ def fit_bypasses(
     say = progress or (lambda line: None)
     offered = offered_ranks(kind, ranks)
     width, condition_width = widths_of(model)
-    size_mib = 8 * ((2 * width + condition_width) ** 2 + (2 * width) ** 2) * segments / 2**20
+    size_mib = 8 * ((3 * width + condition_width) ** 2 + (2 * width) ** 2) * segments / 2**20
     at_once = max(1, int(memory_mib / size_mib))
     device = next(model.module.parameters()).device
     bank: BypassBank | None = None
@@ -201,11 +210,12 @@ class _Pass:
             drawn_BM = drawn_BM.to(x_BND.device)
             x_BMD, f_BMD = gather_tokens(x_BND, drawn_BM), gather_tokens(out_BND - x_BND, drawn_BM)
             hidden_BMQ = None if hidden_BNQ is None else gather_tokens(hidden_BNQ, drawn_BM)
+            image_BE = image_features(x_BND, condition_BC)
             for segment, sums in enumerate(self.sums[layer]):
                 rows = torch.nonzero(self.segment_B == segment).flatten().to(x_BND.device)
                 if len(rows):
                     _add(
-                        sums, x_BMD[rows], f_BMD[rows], condition_BC[rows], bypass,
+                        sums, x_BMD[rows], f_BMD[rows], image_BE[rows], bypass,
                         None if hidden_BMQ is None else hidden_BMQ[rows], segment,
                     )  # fmt: skip
         if bypass is None or hidden_BNQ is None:
@@ -259,23 +269,26 @@ def _add(
     sums: _Sums,
     x_BMD: torch.Tensor,
     f_BMD: torch.Tensor,
-    condition_BC: torch.Tensor,
+    image_BE: torch.Tensor,
     bypass: AffineBypass | None,
     hidden_BMQ: torch.Tensor | None,
     segment: int,
 ) -> None:
     x_BMD, f_BMD = x_BMD.double(), f_BMD.double()
-    tokens_BMP = torch.cat([F.layer_norm(x_BMD, x_BMD.shape[-1:]), x_BMD], dim=-1)
-    condition_BC = F.layer_norm(condition_BC.double(), condition_BC.shape[-1:])
-    condition_BMC = condition_BC[:, None].expand(-1, x_BMD.shape[1], -1)
-    all_BMP = torch.cat([tokens_BMP, condition_BMC, torch.ones_like(x_BMD[..., :1])], dim=-1)
-    all_nP, f_nD = all_BMP.flatten(0, 1), f_BMD.flatten(0, 1)
-    sums.features_PP += all_nP.T @ all_nP
-    sums.updates_PD += all_nP.T @ f_nD
-    sums.rows += len(all_nP)
+    tokens_BMT = torch.cat([F.layer_norm(x_BMD, x_BMD.shape[-1:]), x_BMD], dim=-1)
+    mean_BT, mean_BD = tokens_BMT.mean(1), f_BMD.mean(1)
+    within_nT = (tokens_BMT - mean_BT[:, None]).flatten(0, 1)
+    sums.within_TT += within_nT.T @ within_nT
+    sums.updates_TD += within_nT.T @ (f_BMD - mean_BD[:, None]).flatten(0, 1)
+    means_BG = torch.cat([image_BE.double(), mean_BT, torch.ones_like(mean_BT[:, :1])], dim=-1)
+    sums.images_GG += means_BG.T @ means_BG
+    sums.means_GD += means_BG.T @ mean_BD
+    sums.mean_square += mean_BD.square().sum()
+    sums.rows += len(within_nT)
+    sums.images += len(x_BMD)
     square_BM = f_BMD.square().sum(-1)
     if bypass is None or hidden_BMQ is None:
-        missed_BMV = square_BM[..., None].expand(-1, -1, sums.misses_PV.shape[1])
+        missed_BMV = square_BM[..., None].expand(-1, -1, sums.misses_TV.shape[1])
     else:
         parts = [square_BM]
         for rank in bypass.ranks[1:]:
@@ -284,34 +297,82 @@ def _add(
         missed_BMV = torch.stack(parts, dim=-1)
     sums.squared += torch.cat([square_BM.sum()[None], missed_BMV.sum((0, 1))])
     logs_BMV = (missed_BMV + _MISS_FLOOR * missed_BMV.mean((0, 1)) + 1e-30).log()
-    within_BMP = tokens_BMP - tokens_BMP.mean(1, keepdim=True)
     logs_BMV = logs_BMV - logs_BMV.mean(1, keepdim=True)
-    within_nP = within_BMP.flatten(0, 1)
-    sums.within_PP += within_nP.T @ within_nP
-    sums.misses_PV += within_nP.T @ logs_BMV.flatten(0, 1)
+    sums.misses_TV += within_nT.T @ logs_BMV.flatten(0, 1)
 
 
 def _solve(bypass: AffineBypass, sums: _Sums, segment: int) -> None:
     """Write the solution of the normal equations into a bypass."""
-    mean_P = sums.features_PP[-1, :-1] / sums.rows
-    mean_D = sums.updates_PD[-1] / sums.rows
-    covariance_PP = sums.features_PP[:-1, :-1] / sums.rows - mean_P[:, None] * mean_P
-    cross_PD = sums.updates_PD[:-1] / sums.rows - mean_P[:, None] * mean_D
-    width = bypass.mean.shape[-1]
+    width, count = bypass.mean.shape[-1], sums.images
+    centre_G = sums.images_GG[-1] / count
+    covariance_GG = sums.images_GG / count - centre_G[:, None] * centre_G
+    mean_D = sums.means_GD[-1] / count
+    cross_GD = sums.means_GD / count - centre_G[:, None] * mean_D
+    within_TT = sums.within_TT / sums.rows
+    images = slice(0, len(centre_G) - 2 * width - 1)
+    tokens = slice(images.stop, images.stop + 2 * width)
     with torch.no_grad():
         bypass.mean[segment] = mean_D
         if bypass.rank:
-            weights_PD = ridge(covariance_PP, cross_PD)
-            directions_DR = _leading(weights_PD.T @ covariance_PP @ weights_PD, bypass.rank)
-            hidden_PR = weights_PD @ directions_DR
-            bypass.over_normed[segment, : bypass.rank] = hidden_PR[:width].T
-            bypass.over_tokens[segment, : bypass.rank] = hidden_PR[width : 2 * width].T
-            bypass.over_condition[segment] = hidden_PR[2 * width :].T
-            bypass.hidden[segment] = -mean_P @ hidden_PR
+            weights_TD = ridge(within_TT, sums.updates_TD / sums.rows)
+            # What is left of the mean update, less what the tokens' weights make of the mean token.
+            left_ED = cross_GD[images] - covariance_GG[images, tokens] @ weights_TD
+            square = (
+                sums.mean_square / count - mean_D.square().sum()
+                - 2 * (weights_TD * cross_GD[tokens]).sum()
+                + (weights_TD * (covariance_GG[tokens, tokens] @ weights_TD)).sum()
+            )  # fmt: skip
+            covariance_EE = covariance_GG[images, images]
+            weights_ED = cross_validated_ridge(covariance_EE, left_ED, float(square), count)
+            between_GD = torch.cat([weights_ED, weights_TD])
+            fitted_DD = weights_TD.T @ within_TT @ weights_TD + between_GD.T @ covariance_GG[:-1, :-1] @ between_GD
+            directions_DR = _leading(fitted_DD, bypass.rank)
+            hidden_TR, hidden_ER = weights_TD @ directions_DR, weights_ED @ directions_DR
+            bypass.over_normed[segment, : bypass.rank] = hidden_TR[:width].T
+            bypass.over_tokens[segment, : bypass.rank] = hidden_TR[width:].T
+            bypass.over_image[segment] = hidden_ER.T
+            bypass.hidden[segment] = -centre_G[images] @ hidden_ER - centre_G[tokens] @ hidden_TR
             bypass.out[segment] = directions_DR.T
-        scores_PV = ridge(sums.within_PP / sums.rows, sums.misses_PV / sums.rows)
-        bypass.over_normed[segment, bypass.rank :] = scores_PV[:width].T
-        bypass.over_tokens[segment, bypass.rank :] = scores_PV[width:].T
+        scores_TV = ridge(within_TT, sums.misses_TV / sums.rows)
+        bypass.over_normed[segment, bypass.rank :] = scores_TV[:width].T
+        bypass.over_tokens[segment, bypass.rank :] = scores_TV[width:].T
+
+
+def cross_validated_ridge(
+    covariance_EE: torch.Tensor, cross_ED: torch.Tensor, square: float, count: int
+) -> torch.Tensor:
+    """Ridge regression with the penalty that generalised cross-validation finds best.
+
+    Args:
+        covariance_EE: of the features, float64.
+        cross_ED: of features and targets.
+        square: mean squared norm of the targets, about their mean.
+        count: samples.
+
+    Returns:
+        Weights [E, D].
+    """
+    scale_E, standard_EE = _standardised(covariance_EE)
+    values_E, vectors_EE = torch.linalg.eigh(standard_EE)
+    values_E = values_E.clamp_min(0.0)
+    turned_ED = vectors_EE.T @ (scale_E[:, None] * cross_ED)
+    energy_E = turned_ED.square().sum(1)
+    best = (float("inf"), 0.0)
+    for strength in _PENALTIES:
+        left = square - float((energy_E * (values_E + 2 * strength) / (values_E + strength).square()).sum())
+        freedom = 1.0 + float((values_E / (values_E + strength)).sum())
+        if freedom < count:
+            best = min(best, (max(left, 0.0) / (1 - freedom / count) ** 2, strength))
+    if not best[1]:
+        return torch.zeros_like(cross_ED)
+    return scale_E[:, None] * (vectors_EE @ (turned_ED / (values_E + best[1])[:, None]))
+
+
+def _standardised(covariance_PP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What brings each feature to unit variance, 0 for constant ones, and the covariance of the features so brought."""
+    scale_P = covariance_PP.diagonal().clamp_min(0.0).sqrt()
+    inverse_P = torch.where(scale_P > 1e-9 * scale_P.max(), 1.0 / scale_P.clamp_min(1e-300), 0.0)
+    return inverse_P, covariance_PP * inverse_P[:, None] * inverse_P
 
 
 def ridge(covariance_PP: torch.Tensor, cross_PD: torch.Tensor, strength: float = _RIDGE) -> torch.Tensor:
@@ -322,9 +383,7 @@ def ridge(covariance_PP: torch.Tensor, cross_PD: torch.Tensor, strength: float =
         cross_PD: of features and targets.
         strength: of the penalty.
     """
-    scale_P = covariance_PP.diagonal().clamp_min(0.0).sqrt()
-    inverse_P = torch.where(scale_P > 1e-9 * scale_P.max(), 1.0 / scale_P.clamp_min(1e-300), 0.0)
-    standard_PP = covariance_PP * inverse_P[:, None] * inverse_P
+    inverse_P, standard_PP = _standardised(covariance_PP)
     standard_PP.diagonal().add_(strength)
     return inverse_P[:, None] * torch.linalg.solve(standard_PP, inverse_P[:, None] * cross_PD)
 

@@ -34,15 +34,19 @@ def bank(model: Model) -> BypassBank:
     return made
 
 
-def slow_update(bypass: AffineBypass, x_D: torch.Tensor, condition_C: torch.Tensor, rank: int) -> torch.Tensor:
-    """One token, written out as the file's head says it."""
-    normed_D = (x_D - x_D.mean()) / (x_D.var(unbiased=False) + 1e-5).sqrt()
-    condition_C = (condition_C - condition_C.mean()) / (condition_C.var(unbiased=False) + 1e-5).sqrt()
+def normed(x_D: torch.Tensor) -> torch.Tensor:
+    return (x_D - x_D.mean()) / (x_D.var(unbiased=False) + 1e-5).sqrt()
+
+
+def slow_update(bypass: AffineBypass, x_ND: torch.Tensor, n: int, condition_C: torch.Tensor, rank: int) -> torch.Tensor:
+    """Token n of an image, written out as the file's head says it."""
+    x_D, normed_D = x_ND[n], normed(x_ND[n])
+    image_E = torch.cat([normed(condition_C), normed(x_ND.mean(0))])
     update_D = bypass.mean[0].clone()
     for r in range(rank):
         # Weights over n(x) count less their mean, which changes nothing: n(x) has none.
         h = bypass.over_normed[0, r] @ normed_D + bypass.over_tokens[0, r] @ x_D
-        h = h + bypass.over_condition[0, r] @ condition_C + bypass.hidden[0, r]
+        h = h + bypass.over_image[0, r] @ image_E + bypass.hidden[0, r]
         update_D = update_D + h * bypass.out[0, r]
     return update_D
 
@@ -57,7 +61,7 @@ def test_tokens_move_as_written_out(bank: BypassBank, rank: int) -> None:
     moved = bypass.move(x_BND, hidden, rank)
     for b in range(2):
         for n in range(7):
-            expected = x_BND[b, n] + slow_update(bypass, x_BND[b, n], condition_BC[b], rank)
+            expected = x_BND[b, n] + slow_update(bypass, x_BND[b], n, condition_BC[b], rank)
             assert moved[b, n] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
@@ -127,7 +131,7 @@ def test_a_block_may_be_replaced_by_its_bypass(model: Model, bank: BypassBank) -
         inputs["timestep"], inputs["class_labels"], hidden_dtype=torch.float32
     )
     x_BND, out_BND = steps[1]
-    expected = x_BND[0, 0] + slow_update(bank.bypasses[1], x_BND[0, 0], condition_BC[0], 5)
+    expected = x_BND[0, 0] + slow_update(bank.bypasses[1], x_BND[0], 0, condition_BC[0], 5)
     assert out_BND[0, 0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 

@@ -8,18 +8,26 @@ import torch
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Kept, Plan
-from shiva_search.runtime.bypass import AffineBypass
+from shiva_search.runtime.bypass import AffineBypass, image_features
 from shiva_search.search.fidelity import fidelity
-from shiva_search.selection.closed_form import _add, _solve, _Sums, fit_bypasses, ridge
+from shiva_search.selection.closed_form import (
+    _add,
+    _solve,
+    _Sums,
+    cross_validated_ridge,
+    fit_bypasses,
+    ridge,
+)
 from shiva_search.selection.training import tune
 
 WIDTH, CONDITION = 6, 4
 
 
 def fitted(x: torch.Tensor, f: torch.Tensor, c: torch.Tensor, rank: int, ranks: tuple[int, ...]) -> AffineBypass:
-    sums = _Sums.empty(WIDTH, CONDITION, len(ranks))
+    sums = _Sums.empty(WIDTH, CONDITION, len(ranks), torch.device("cpu"))
+    image = image_features(x, c)
     for rows in torch.arange(len(x)).chunk(5):  # streamed
-        _add(sums, x[rows], f[rows], c[rows], None, None, 0)
+        _add(sums, x[rows], f[rows], image[rows], None, None, 0)
     bypass = AffineBypass(WIDTH, CONDITION, rank, ranks)
     _solve(bypass, sums, 0)
     return bypass.double()
@@ -33,7 +41,7 @@ def problem(true_rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
     x, c = drawn(40, 30, WIDTH) * (1 + drawn(40, 30, 1).abs()), drawn(40, CONDITION)
     u = torch.nn.functional.layer_norm(x, (WIDTH,)) @ drawn(WIDTH, true_rank) + x @ drawn(WIDTH, true_rank)
-    u = u + (torch.nn.functional.layer_norm(c, (CONDITION,)) @ drawn(CONDITION, true_rank))[:, None]
+    u = u + (image_features(x, c) @ drawn(CONDITION + WIDTH, true_rank))[:, None]
     return x, u @ drawn(true_rank, WIDTH) + drawn(WIDTH), c
 
 
@@ -41,18 +49,58 @@ def update(bypass: AffineBypass, x: torch.Tensor, c: torch.Tensor, rank: int) ->
     return bypass.move(x, bypass.read(x, c), rank) - x
 
 
-def test_the_full_rank_fit_is_the_least_squares_solution() -> None:
+def test_without_noise_the_full_rank_fit_is_the_least_squares_solution() -> None:
     x, f, c = problem(WIDTH)
-    f = f + torch.randn(f.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     bypass = fitted(x, f, c, WIDTH, (0, WIDTH))
     n = torch.nn.functional.layer_norm(x, (WIDTH,))
-    nc = torch.nn.functional.layer_norm(c, (CONDITION,))[:, None].expand(-1, x.shape[1], -1)
-    design = torch.cat([n, x, nc, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
+    image = image_features(x, c)[:, None].expand(-1, x.shape[1], -1)
+    design = torch.cat([n, x, image, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
     solution = torch.linalg.lstsq(design, f.flatten(0, 1), driver="gelsd").solution
     expected = (design @ solution).view_as(f)
     found = update(bypass, x, c, WIDTH)
     # The penalty, 1e-4 of each feature's variance, is all that lies between them; read() works in float32.
     assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_with_noise_it_is_least_squares_within_images() -> None:
+    x, f, c = problem(WIDTH)
+    f = f + torch.randn(f.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    n = torch.nn.functional.layer_norm(x, (WIDTH,))
+
+    def within(values: torch.Tensor) -> torch.Tensor:
+        return values - values.mean(1, keepdim=True)
+
+    design = within(torch.cat([n, x], -1)).flatten(0, 1)
+    expected = design @ torch.linalg.lstsq(design, within(f).flatten(0, 1), driver="gelsd").solution
+    found = within(update(fitted(x, f, c, WIDTH, (0, WIDTH)), x, c, WIDTH)).flatten(0, 1)
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(("count", "noise"), [(400, 1e-6), (60, 2.0), (20, 2.0)])
+def test_the_cross_validated_penalty_grows_with_noise(count: int, noise: float) -> None:
+    """Thirty features, of which three matter: on new samples at least as good as least squares, and as nothing."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.zeros(30, 4, dtype=torch.float64)
+    truth[:3] = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+
+    def draw(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        z = torch.randn(samples, 30, generator=generator, dtype=torch.float64)
+        return z, z @ truth + noise * torch.randn(samples, 4, generator=generator, dtype=torch.float64)
+
+    z, y = draw(count)
+    z, y = z - z.mean(0), y - y.mean(0)
+    found = cross_validated_ridge(z.T @ z / count, z.T @ y / count, float(y.square().sum() / count), count)
+    least_squares = torch.linalg.lstsq(z, y, driver="gelsd").solution
+    new_z, new_y = draw(2000)
+
+    def error(weights: torch.Tensor) -> float:
+        return float((new_y - new_z @ weights).square().mean())
+
+    assert error(found) < 1.02 * error(torch.zeros_like(truth))
+    if noise < 1:
+        assert torch.allclose(found, least_squares, atol=1e-4)
+    else:
+        assert error(found) < 0.9 * error(least_squares)
 
 
 def test_a_rank_above_the_true_one_changes_nothing() -> None:
