@@ -170,7 +170,9 @@ def optimize(
     profile: Annotated[Path | None, typer.Option(help="Use this recorded profile.")] = None,
     profile_seconds: Annotated[float, typer.Option(help="Time to spend profiling.", min=1)] = 60.0,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL; other workers can join.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder [reports/<model>-<budget>].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder [reports/<model>-<budget>, and the workload that was asked for].")
+    ] = None,
     seed: SeedOption = 0,
     resume: ResumeOption = True,
     as_json: JsonOption = False,
@@ -275,7 +277,7 @@ def generate(
         float | None, typer.Option(help="Strength of guidance [2.5 for fashion-dit, else the pipeline's own].", min=0)
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="For a pipeline of text; may be given several times.")
+        list[str] | None, typer.Option(help="For a pipeline of text; may be given several times [four of our own].")
     ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,

@@ -16,7 +16,7 @@ from shiva_search.cli import main
 from shiva_search.records.budget import Budget
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
-from shiva_search.workflow import optimize
+from shiva_search.workflow import Settings, optimize
 
 PROFILE = ["--profile-seconds", "4"]
 FAST = ["--trials", "6", "--train-steps", "2", "--warmup-steps", "2", *PROFILE]
@@ -222,3 +222,10 @@ def test_energy_without_a_sensor_is_refused_before_anything_is_measured(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: an energy budget needs a sensor that cpu does not have (RAPL")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_named_by_its_budget_and_the_workload_asked_for() -> None:
+    settings = Settings(model="models/sd3", budget={"latency_ms": "60%"})
+    assert optimize._run_name(settings) == "sd3-60pct"
+    other = replace(settings, workload={"dtype": "bfloat16", "cuda_graph": True})
+    assert optimize._run_name(other) == "sd3-60pct.cuda-graph-on.dtype-bfloat16"

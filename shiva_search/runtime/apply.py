@@ -234,6 +234,12 @@ class AppliedPlan:
         while self._afterwards:
             self._afterwards.pop()()
 
+    def __repr__(self) -> str:
+        keep = sum(map(int, (k for row in self.plan.rows for k in row)))
+        share = keep / len(self.plan.rows) / self.plan.layer_count / self.plan.tokens
+        state = "on" if getattr(self.model.module, _MARK, None) is self else "off"
+        return f"<plan on {self.model.name}: {share:.1%} of the tokens in {self.plan.layer_count} layers, {state}>"
+
     def __enter__(self) -> AppliedPlan:
         return self
 

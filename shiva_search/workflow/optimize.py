@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shiva_search import __version__
 from shiva_search.cost.cost_model import load_cost_model
@@ -191,7 +191,14 @@ def _is_under_way(run: RunFolder, settings: Settings) -> bool:
 
 def _run_name(settings: Settings) -> str:
     limits = "-".join(text.replace("%", "pct").replace(" ", "") for text in settings.budget.values())
-    return f"{Path(settings.model).name}-{limits}"
+    said = "".join(
+        f".{name.replace('_', '-')}-{_in_a_name(value)}" for name, value in sorted(settings.workload.items())
+    )
+    return f"{Path(settings.model).name}-{limits}{said}"
+
+
+def _in_a_name(value: Any) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def _measure_afresh(measure: Callable[..., Measurement], budget: Budget, plan: Plan) -> Measurement:

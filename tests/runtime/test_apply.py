@@ -155,3 +155,10 @@ def test_a_forward_can_start_after_a_recorded_layer(model: Model) -> None:
         whole = model.predict(inputs)
         applied.controller.resume = applied.controller.recorded[2]
         assert torch.equal(model.predict(inputs), whole)
+
+
+def test_a_handle_says_what_it_is(model: Model) -> None:
+    handle = AppliedPlan(model, Plan.uniform(model, 0.5))
+    assert "of the tokens in" in repr(handle) and repr(handle).endswith("on>")
+    handle.remove()
+    assert repr(handle).endswith("off>")
