@@ -1,7 +1,7 @@
 """Make the selectors that ship with fashion-dit: a router, and bypasses; both warmed up over all ratios, resumable.
 
     python scripts/warm_up_selectors.py router --work DIR --steps 300   # models/reference/router.safetensors
-    python scripts/warm_up_selectors.py bypass --work DIR --steps 150   # models/reference/bypass.safetensors
+    python scripts/warm_up_selectors.py bypass --work DIR               # models/reference/bypass.safetensors
 
 In: the shipped transformer and the "train" part of the shipped held-out images. Out: the selector and its curve.
 """
@@ -31,8 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["router", "bypass"])
     parser.add_argument("--work", type=Path, required=True, help="folder of what an interrupted run goes on from")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--samples", type=int, default=384, help="inputs of each pass of the closed-form fit")
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--samples", type=int, default=1536, help="inputs of each pass of the closed-form fit")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
