@@ -18,6 +18,9 @@ from ..errors import UnavailableError
 from .base import EnergySample, Run
 
 
+_SETTLING_POLLS = 5  # until runs per poll are known
+
+
 class SensorError(UnavailableError):
     """A sensor is missing, refuses, or answers with what cannot be true."""
 
@@ -121,12 +124,15 @@ class EnergyMeter:
         wait, finished = self._queue(run, per_poll), per_poll
         while True:
             if self._mark is not None:
-                # All readings find the device at the start of the runs queued last, so that windows hold whole ones.
+                # Readings find the device at the start of the runs queued last, where queueing takes it less time than
+                # running, so that a window holds whole ones.
                 upcoming = self._queue(run, per_poll)
             wait()
             now = _Reading(time.perf_counter(), self.source.read_j(), finished)
             polls += bool(edges)
-            if now.joules != last.joules:
+            # With runs queued ahead, counts that still change would shift the ends of a window against each other.
+            settled = self._mark is None or now.seconds - begun >= _SETTLING_POLLS * self._poll_s
+            if now.joules != last.joules and settled:
                 edges.append(now)
             last = now
             origin_s = edges[0].seconds if edges else begun
@@ -136,7 +142,8 @@ class EnergyMeter:
                 break
             if self._mark is not None:
                 wait, finished = upcoming, finished + per_poll
-            per_poll = max(1, int(self._poll_s * now.runs / (now.seconds - begun)))
+            if self._mark is None or not edges:
+                per_poll = max(1, int(self._poll_s * now.runs / (now.seconds - begun)))
             if self._mark is None:
                 wait, finished = self._queue(run, per_poll), finished + per_poll
         self._synchronize()

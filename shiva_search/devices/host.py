@@ -43,7 +43,8 @@ def keep_freed_memory(limit_mib: int = 1024) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # musl, macOS
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, 32 * 2**20) and mallopt(_TRIM_THRESHOLD, limit_mib * 2**20))
+    limit_bytes = min(limit_mib * 2**20, 2**31 - 1)  # a C int
+    return bool(mallopt(_MMAP_THRESHOLD, 32 * 2**20) and mallopt(_TRIM_THRESHOLD, limit_bytes))
 
 
 def describe_host(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from shiva_search.profiling.end_to_end import (
 )
 from shiva_search.profiling.flops import ModelFlops
 from shiva_search.profiling.sample_log import SampleLog
-from shiva_search.profiling.sampler import Cell, Group, Sampler
+from shiva_search.profiling.sampler import Cell, Group, InTurn, Sampler
 from shiva_search.profiling.staircase import Point, alignment_of, edges, next_counts, token_grid
 from shiva_search.profiling.statistics import Estimate
 from shiva_search.records.cost_table import extra_parts
@@ -329,22 +328,21 @@ class Bench:
             x_BND = part.kwargs[part.layers[0].adapter.tokens]
             seen_BN = torch.ones(x_BND.shape[:2], device=x_BND.device)
             controller.history = History(seen_BN, seen_BN)
-        turns = cycle(
-            [
-                PrunedBlock(layer, _identity(layer) if alone else self._plain[layer.name], controller)
-                for layer in part.layers
-            ]
-        )
         history = controller.history
 
-        def run() -> object:
-            output = next(turns)(**part.kwargs)
-            # Each run starts from the same state and leaves none: what a run frees, it has also allocated, which is
-            # all that an allocator's account of one run can follow.
-            controller.history = history
-            return output
+        def runner(layer: Layer) -> Callable[[], object]:
+            block = PrunedBlock(layer, _identity(layer) if alone else self._plain[layer.name], controller)
 
-        return run
+            def run() -> object:
+                output = block(**part.kwargs)
+                # Each run starts from the same state and leaves none: what a run frees, it has also allocated, which
+                # is all that an allocator's account of one run can follow.
+                controller.history = history
+                return output
+
+            return run
+
+        return InTurn([runner(layer) for layer in part.layers])
 
     def _rest_cell(self) -> Cell:
         """A forward in which every block is skipped."""

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from shiva_search.records.profile import Sample
 
 Run = Callable[[], object]
 
+_CAPTURED = 4  # runs of a cell that become graphs, at most
 _LONG = 20  # a cell this many times longer than a sample must be is not repeated, so there is nothing to find out
 
 
@@ -31,6 +33,17 @@ class Timer(Protocol):
     def time_ms(self, run: Run, repeats: int = 1) -> float: ...
 
     def conditions(self) -> dict[str, Any]: ...
+
+
+class InTurn:
+    """Runs that take turns, so that each finds its weights as cold as in the model."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = tuple(runs)
+        self._turns = cycle(self.runs)
+
+    def __call__(self) -> object:
+        return next(self._turns)()
 
 
 @dataclass(frozen=True)
@@ -214,7 +227,11 @@ class Sampler:
         if self._capture is None:
             return cell.run
         if cell.name not in self._runs:
-            self._runs[cell.name] = self._capture(cell.run)
+            whole = cell.run
+            if isinstance(whole, InTurn):
+                self._runs[cell.name] = InTurn([self._capture(run) for run in whole.runs[:_CAPTURED]])
+            else:
+                self._runs[cell.name] = self._capture(whole)
         return self._runs[cell.name]
 
     def _of_group(self, group: str) -> list[Sample]:

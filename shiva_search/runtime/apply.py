@@ -141,8 +141,9 @@ class AppliedPlan:
         """Run forwards without gradients as CUDA graphs from now on, until the plan is taken off.
 
         The first forward of each kind (shapes, dtypes, values that are no tensors, segment) records its graph, and
-        whatever later ones change but tensors' values, they do without: put adapters on, move and compile the model
-        before. Outputs are the caller's own.
+        whatever later ones change but tensors' values, they do without: put adapters on and compile the model before.
+        Where weights move, graphs are recorded anew. Not with diffusers' caches, which decide on the host. Outputs are
+        the caller's own.
 
         Returns:
             This handle.
@@ -153,11 +154,11 @@ class AppliedPlan:
         place = next(self.model.module.parameters()).device
         if place.type != "cuda":
             raise UnavailableError(f"CUDA graphs need a model on a GPU, this one is on {place}; move it there first")
-        self.graphs = ForwardGraphs()
+        self.graphs = ForwardGraphs(self.model.module)
         return self
 
-    def row_of(self, named: Mapping[str, Any]) -> int:
-        """The plan's row for a forward, from its timestep.
+    def row_of(self, t_B: torch.Tensor) -> int:
+        """The plan's row for a forward, from its normalised time.
 
         Raises:
             InputError: the samples of a batch lie in several segments of the plan.
@@ -166,7 +167,7 @@ class AppliedPlan:
             return 0
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return self.controller.row  # nothing can be read back: that of the warm-ups before
-        rows = {self.plan.row_at(t) for t in self.model.times(named).tolist()}
+        rows = {self.plan.row_at(t) for t in t_B.tolist()}
         if len(rows) > 1:
             raise InputError(
                 f"samples of one batch lie in {len(rows)} timestep segments of the plan; "
@@ -185,7 +186,7 @@ class AppliedPlan:
             self.model.check_tokens(named, self.plan.tokens)
         controller.t_B = self.model.times(named)
         controller.history = None
-        controller.row = self.row_of(named)
+        controller.row = self.row_of(controller.t_B)
         if not torch.compiler.is_compiling():
             controller.entered.clear()
         if self._looks_for_halves:
@@ -258,7 +259,9 @@ class _PlannedForward(StandIn):
         graphs = self.applied.graphs
         if graphs is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._planned(*args, **kwargs)
-        return graphs.run(self._planned, args, kwargs, self.applied.row_of(self._named(args, kwargs)))
+        with torch.cuda.device(next(self.applied.model.module.parameters()).device):
+            t_B = self.applied.model.times(self._named(args, kwargs))
+            return graphs.run(self._planned, args, kwargs, self.applied.row_of(t_B))
 
     def _planned(self, *args: Any, **kwargs: Any) -> Any:
         self.applied.begin(self._named(args, kwargs))

@@ -124,7 +124,8 @@ class AffineBypass(nn.Module):
         out = _aligned(torch.cat([self.out[row, :rank], self.mean[row, None]]), x_BND.device).to(x_BND.dtype)
         hidden = torch.cat([hidden_BNR[..., :rank], ones.expand(*ones.shape[:-1], len(out) - rank)], dim=-1)
         hidden = hidden.to(x_BND.dtype)
-        return torch.addmm(x_BND.flatten(0, 1), hidden.flatten(0, 1), out).view(x_BND.shape)
+        moved = torch.addmm(x_BND.flatten(0, 1), hidden.flatten(0, 1), out).view(x_BND.shape)
+        return moved.to(x_BND.dtype)  # another one under autocast
 
     def _place(self, rank: int) -> int:
         if rank not in self.ranks:

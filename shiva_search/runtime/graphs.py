@@ -6,19 +6,28 @@ takes longer to queue their kernels than a GPU to run them, and without a graph 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shiva_search.errors import InputError, UnavailableError
 
+_TENSOR = object()
+
 
 class ForwardGraphs:
-    """One graph for each kind of arguments a forward is called with; they share their memory."""
+    """One graph for each kind of arguments a model's forward is called with; they share their memory.
 
-    def __init__(self) -> None:
+    Args:
+        module: whose forward it is; where its weights move, graphs are recorded anew.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._weights: tuple[int, ...] = ()
         self._replays: dict[Any, Callable[..., Any]] = {}
         self._pool: Any = None
 
@@ -31,24 +40,41 @@ class ForwardGraphs:
             row: of the plan, which tells graphs apart too.
 
         Raises:
-            InputError: an argument that cannot be told from another.
+            InputError: an argument that cannot be told from another, or tensors that are not where the model is.
             UnavailableError: the forward does something that a graph cannot hold.
         """
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         kind = (row, spec, *(_kind(leaf) for leaf in leaves))
+        weights = tuple(parameter.data_ptr() for parameter in self._module.parameters())
+        if weights != self._weights:
+            self._weights, self._replays, self._pool = weights, {}, None
         try:
             replay = self._replays.get(kind)
         except TypeError as error:
             raise InputError(f"these arguments cannot tell graphs apart: {error}; leave capture out") from None
         if replay is None:
+            self._check(tensors)
             replay = self._replays[kind] = self._record(forward, leaves, tensors, spec)
         return replay(*tensors)
+
+    def _check(self, tensors: Sequence[torch.Tensor]) -> None:
+        place = next(self._module.parameters()).device
+        elsewhere = next((tensor.device for tensor in tensors if tensor.device != place), None)
+        if elsewhere is not None:
+            raise InputError(f"a graph takes all its tensors from {place}, got one on {elsewhere}; move it there")
+        for part in self._module.modules():
+            registry = part.__dict__.get("_diffusers_hook")
+            if registry is not None and any(hook._is_stateful for hook in registry.hooks.values()):
+                raise UnavailableError(
+                    "a cache of diffusers decides on the host what to run, which a CUDA graph would do once for all; "
+                    "take it off, or leave capture out"
+                )
 
     def _record(
         self, forward: Callable[..., Any], leaves: list[Any], tensors: list[torch.Tensor], spec: Any
     ) -> Callable[..., Any]:
-        found: list[Any] = []  # the structure of the output
+        found: list[Any] = []  # the output: its leaves with places for tensors, and its structure
 
         def flat(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
             left = iter(given)
@@ -56,12 +82,13 @@ class ForwardGraphs:
             args, kwargs = tree_unflatten(filled, spec)
             with torch.no_grad():
                 parts, structure = tree_flatten(forward(*args, **kwargs))
-            found[:] = [structure]
-            return tuple(parts)
+            found[:] = [[_TENSOR if isinstance(part, torch.Tensor) else part for part in parts], structure]
+            return tuple(part for part in parts if isinstance(part, torch.Tensor))
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        static = tuple(tensor.detach().clone() for tensor in tensors)
+        with torch.inference_mode(False):  # what is copied into them later may be of either mode
+            static = tuple(tensor.detach().clone() for tensor in tensors)
         try:
             graphed = torch.cuda.make_graphed_callables(flat, static, pool=self._pool)
         except RuntimeError as error:
@@ -70,7 +97,8 @@ class ForwardGraphs:
 
         def replay(*given: torch.Tensor) -> Any:
             outputs: tuple[torch.Tensor, ...] = graphed(*given)  # type: ignore[assignment]
-            return tree_unflatten([output.clone() for output in outputs], found[0])
+            copies = iter([output.clone() for output in outputs])
+            return tree_unflatten([next(copies) if part is _TENSOR else part for part in found[0]], found[1])
 
         return replay
 

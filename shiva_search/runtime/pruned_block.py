@@ -266,12 +266,13 @@ class PrunedBlock(StandIn):
             out_BKD = gate.leave(other_BKD, out_BKD, pi_kept_BK)
         # What the bypass made is ours alone, so the kept rows may be written into it.
         own = bool(rank) and not torch.is_grad_enabled()
+        out_BKD = out_BKD.to(rejected_BND.dtype)  # a block may answer in another one under autocast
         return adapter.pack(scatter_tokens(rejected_BND, kept_BK, out_BKD, own=own), out_context), kept_BK
 
     def _chosen(
         self, x_BND: torch.Tensor, condition_BC: torch.Tensor, choice: Kept, hidden_BNQ: torch.Tensor | None
     ) -> torch.Tensor:
-        """Indices [B, K] of the tokens to keep, ascending; a cache inside the block may hold those of a step before."""
+        """Indices [B, K] of the tokens to keep; a cache inside the block may hold those of a step before."""
         eager, k = not torch.compiler.is_compiling(), int(choice)
         kept_BK = self.held.find(len(x_BND), k) if eager else None
         if kept_BK is None:

@@ -57,11 +57,15 @@ class Random:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+        self._drawn: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
 
     def __call__(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
         batch, tokens, _ = x_BND.shape
-        generator = torch.Generator().manual_seed(self.seed * 1009 + layer)
-        return torch.rand(batch, tokens, generator=generator).to(x_BND.device)
+        key = (layer, batch, tokens, x_BND.device)
+        if key not in self._drawn:  # kept, since a CUDA graph cannot hold the way from the host
+            generator = torch.Generator().manual_seed(self.seed * 1009 + layer)
+            self._drawn[key] = torch.rand(batch, tokens, generator=generator).to(x_BND.device)
+        return self._drawn[key]
 
 
 class Norm:

@@ -33,7 +33,9 @@ from shiva_search.selection.router import widths_of
 
 RANKS = (16, 32)
 _RIDGE = 1e-4  # of each standardised feature
-_PENALTIES = tuple(10.0**power for power in (-6, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
+_ROUNDING = 1e-8  # of a sum of squares
+_FEWEST_IMAGES = 4  # from which a cross-validated penalty means anything
+_PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 _MISS_FLOOR = 1e-3  # of the mean squared miss: tokens below are all alike
 _KEEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of tokens that stay with the block, drawn by layer and chunk
 
@@ -359,11 +361,12 @@ def cross_validated_ridge(
     energy_E = turned_ED.square().sum(1)
     best = (float("inf"), 0.0)
     for strength in _PENALTIES:
+        # What is left may not fall below what rounding leaves of it, or an interpolating fit would look best.
         left = square - float((energy_E * (values_E + 2 * strength) / (values_E + strength).square()).sum())
         freedom = 1.0 + float((values_E / (values_E + strength)).sum())
         if freedom < count:
-            best = min(best, (max(left, 0.0) / (1 - freedom / count) ** 2, strength))
-    if not best[1]:
+            best = min(best, (max(left, _ROUNDING * square) / (1 - freedom / count) ** 2, strength))
+    if not best[1] or count < _FEWEST_IMAGES:
         return torch.zeros_like(cross_ED)
     return scale_E[:, None] * (vectors_EE @ (turned_ED / (values_E + best[1])[:, None]))
 

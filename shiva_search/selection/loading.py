@@ -48,6 +48,8 @@ def load_selector(path: str | Path) -> Selector:
         selector = KINDS[metadata["kind"]](json.loads(metadata["config"]))
         selector.load_state_dict(state)
         selector.model, selector.origin = json.loads(metadata["model"]), json.loads(metadata.get("origin", "{}"))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except RuntimeError as error:  # from load_state_dict
+        raise InputError(f"selector {path} was made by another release, or is damaged; make the run again") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"selector {path} is damaged: {str(error).splitlines()[0]}; {again}") from error
     return selector.eval().requires_grad_(False)

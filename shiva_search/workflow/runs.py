@@ -53,7 +53,10 @@ def open_run(path: Path, device_name: str | None = None) -> OpenRun:
     folder = RunFolder(path)
     settings = settings_of(folder)
     plan = Plan.from_file(folder.plan)
-    device, model = open_both(settings.model, device_name or settings.device, settings.workload, settings.seed)
+    workload = dict(settings.workload)
+    if device_name == "cpu":
+        workload.pop("cuda_graph", None)  # the same forwards, as this device runs them
+    device, model = open_both(settings.model, device_name or settings.device, workload, settings.seed)
     plan.check_model(model.fingerprint())
     return OpenRun(folder, settings, model, device, plan)
 

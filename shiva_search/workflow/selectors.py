@@ -57,7 +57,11 @@ def ready_selector(
     for path in (shipped_bypass(model), kept):
         if path is None or not path.is_file():
             continue
-        bank = load_selector(path)
+        try:
+            bank = load_selector(path)
+        except InputError as error:  # of an earlier release, say
+            progress(f"bypasses: fit anew, since {error}")
+            continue
         assert isinstance(bank, BypassBank)
         if (bank.bypass_kind, bank.ranks) == (settings.bypass, offered) and bank.model == model.fingerprint():
             progress(f"bypasses: {'those that ship with the model' if path != kept else f'kept from before ({kept})'}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from simulation import VirtualMachine
 
 from shiva_search.profiling.sample_log import SampleLog
-from shiva_search.profiling.sampler import Cell, Group, Sampler
+from shiva_search.profiling.sampler import Cell, Group, InTurn, Sampler
 from shiva_search.profiling.statistics import disturbance_limit, estimate
 from shiva_search.records.profile import Sample, read_samples
 
@@ -255,7 +256,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from shiva_search.profiling.sample_log import SampleLog
-from shiva_search.profiling.sampler import Cell, Group, Sampler
+from shiva_search.profiling.sampler import Cell, Group, InTurn, Sampler
 
 class Clock:
     def time_ms(self, run, repeats=1):
@@ -289,3 +290,29 @@ def test_a_kill_at_any_point_leaves_a_log_that_loads_and_goes_on(tmp_path: Path)
         assert len(samples) > known
         assert {sample.round for sample in samples} <= {item.index for item in rounds}
         known = len(samples)
+
+
+def test_what_is_captured_is_timed_in_place_of_the_run() -> None:
+    """Once per cell, and once for each of the runs that take turns; the runs themselves are not timed any more."""
+    machine, captured, ran = VirtualMachine(0, lambda now_s: 1.0), Counter[str](), Counter[str]()
+
+    def work(name: str, ms: float) -> Callable[[], object]:
+        def run() -> object:
+            ran[name] += 1
+            return machine.work(ms)()
+
+        run.__name__ = name
+        return run
+
+    def capture(run: Callable[[], object]) -> Callable[[], object]:
+        captured[run.__name__] += 1
+        return machine.work(1.0 if run.__name__ == "reference" else 2.0)
+
+    turns = InTurn([work(f"layer {i}", 5.0) for i in range(6)])
+    cells = [Cell("block", turns, "blocks"), Cell("rest", work("rest", 5.0), "blocks")]
+    groups = [Group("blocks", Cell("reference", work("reference", 5.0), ""))]
+    sampler = Sampler(machine, groups, cells, capture=capture, clock=machine.clock)
+    sampler.run(3.0)
+    assert captured == {"reference": 1, "rest": 1, **{f"layer {i}": 1 for i in range(4)}}
+    assert not ran
+    assert {name: found.ratio for name, found in sampler.finish().items()} == pytest.approx({"block": 2.0, "rest": 2.0})

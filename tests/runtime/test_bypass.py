@@ -116,6 +116,19 @@ def test_rejected_tokens_take_the_bypass_and_kept_ones_the_block(name: str) -> N
         assert torch.allclose(out_BND[~rejected], plain_BND[~rejected], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dit", "pixart-sigma"])
+def test_under_autocast_tokens_keep_their_dtype(name: str) -> None:
+    model = CASES[name].model()
+    row = [Kept(model.tokens), *[Kept(model.tokens // 2, 3)] * (model.layer_count - 1)]
+    seen: list[torch.dtype] = []
+    plan = Plan.from_rows(model, [row])
+    with AppliedPlan(model, plan, untrained_bypasses(model, ranks=(2, 3)), guidance=False) as applied:
+        applied.controller.observer = lambda layer, x_BND, out_BND, kept_BK: seen.append(out_BND.dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model.predict(model.example())
+    assert len(seen) == model.layer_count and len(set(seen)) == 1
+
+
 def test_a_block_may_be_replaced_by_its_bypass(model: Model, bank: BypassBank) -> None:
     row = [Kept(model.tokens), *[Kept(0, 5)] * (model.layer_count - 1)]
     steps = {}

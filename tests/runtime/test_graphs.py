@@ -7,6 +7,8 @@ was made with, and outputs land in the same memory each time. On a GPU the real 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     return counts
 
 
@@ -55,7 +58,7 @@ def model() -> Iterator[Model]:
 
 def graphed(model: Model, plan: Plan) -> AppliedPlan:
     handle = ss.apply_plan(model, plan, "norm")
-    handle.graphs = ForwardGraphs()  # as capture() does on a GPU
+    handle.graphs = ForwardGraphs(model.module)  # as capture() does on a GPU
     return handle
 
 
@@ -117,6 +120,7 @@ def test_what_cannot_be_captured_is_refused_in_one_line(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuses)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     with (
         torch.no_grad(),
         graphed(model, Plan.uniform(model, 0.5)),
@@ -130,7 +134,32 @@ def test_arguments_that_cannot_tell_graphs_apart_are_refused() -> None:
         __hash__ = None  # type: ignore[assignment]
 
     with pytest.raises(InputError, match="cannot tell graphs apart"):
-        ForwardGraphs().run(lambda thing: thing, (Unhashable(),), {}, 0)
+        ForwardGraphs(torch.nn.Linear(1, 1)).run(lambda thing: thing, (Unhashable(),), {}, 0)
+
+
+def test_weights_that_moved_are_another_graph_and_none_stays_none(made: list[int]) -> None:
+    module = torch.nn.Linear(2, 2).requires_grad_(False)
+    graphs, x = ForwardGraphs(module), torch.randn(3, 2)
+
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return module(x), None
+
+    first, nothing = graphs.run(forward, (x,), {}, 0)
+    graphs.run(forward, (x,), {}, 0)
+    assert len(made) == 1 and nothing is None and torch.equal(first, module(x))
+    module.weight.data = module.weight.data + 1
+    again, _ = graphs.run(forward, (x,), {}, 0)
+    assert len(made) == 2 and torch.equal(again, module(x))
+
+
+def test_tensors_elsewhere_and_caches_are_refused(model: Model, made: list[int]) -> None:
+    with pytest.raises(InputError, match="takes all its tensors from cpu, got one on meta"):
+        ForwardGraphs(torch.nn.Linear(1, 1)).run(lambda x: x, (torch.empty(1, device="meta"),), {}, 0)
+    module = torch.nn.Linear(1, 1)
+    module._diffusers_hook = SimpleNamespace(hooks={"cache": SimpleNamespace(_is_stateful=True)})  # type: ignore[assignment]
+    with pytest.raises(UnavailableError, match="decides on the host"):
+        ForwardGraphs(module).run(lambda x: x, (torch.ones(1),), {}, 0)
+    assert made == []
 
 
 def test_a_model_on_a_cpu_has_no_graphs(model: Model) -> None:
