@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 from ..errors import UnavailableError
 from .base import EnergySample, Run
 
-
 _SETTLING_POLLS = 5  # until runs per poll are known
 
 
