@@ -106,6 +106,17 @@ class Device(Protocol):
         """
         ...
 
+    def settle(self, most_s: float = 0.0) -> bool:
+        """Looks for what would disturb a sample taken now, and waits for its end.
+
+        Args:
+            most_s: how long to wait, at most.
+
+        Returns:
+            Whether the device is undisturbed: on a CPU, its threads run as close to each other as they have been seen.
+        """
+        ...
+
     def capture(self, run: Run) -> Run:
         """Records a run as a CUDA graph, whose replay costs the host next to nothing.
 

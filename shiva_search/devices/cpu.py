@@ -20,6 +20,7 @@ from .base import MIB, EnergySample, Run, SensorReport, check_repeats, no_graphs
 from .energy import EnergyMeter, SensorError
 from .host import describe_host, garbage_kept, host_conditions, keep_freed_memory
 from .rapl import POWERCAP, RaplPackages
+from .threads import THREADS
 
 
 class CpuDevice:
@@ -58,6 +59,10 @@ class CpuDevice:
             ended_ns = time.perf_counter_ns()
         return (ended_ns - begun_ns) / repeats * 1e-6
 
+    def settle(self, most_s: float = 0.0) -> bool:
+        """Waits until threads are close to each other (devices/threads.py)."""
+        return THREADS.settle(most_s)
+
     def capture(self, run: Run) -> Run:
         """Refuses: there are no graphs.
 
@@ -88,8 +93,8 @@ class CpuDevice:
         return self._meter.measure(run, min_seconds)
 
     def conditions(self) -> dict[str, Any]:
-        """Load, context switches and stolen time."""
-        return host_conditions()
+        """Load, context switches and stolen time, and how long the threads take to exchange data."""
+        return {**host_conditions(), "thread_exchange_us": THREADS.measure_us()}
 
     def sensors(self) -> list[SensorReport]:
         """The clock, the allocator, and RAPL with what is missing to use it."""

@@ -146,6 +146,10 @@ class CudaDevice:
         with self._cuda.device(self._index):
             return self._meter.measure(run, min_seconds)
 
+    def settle(self, most_s: float = 0.0) -> bool:
+        """True at once: what may disturb a GPU is told by its conditions."""
+        return True
+
     def conditions(self) -> dict[str, Any]:
         """The host's conditions, and the GPU's clocks, temperature, power state and throttle reasons."""
         host = host_conditions()

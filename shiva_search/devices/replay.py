@@ -51,6 +51,10 @@ class ReplayDevice:
         """
         raise self._no("time")
 
+    def settle(self, most_s: float = 0.0) -> bool:
+        """True: nothing disturbs a recording."""
+        return True
+
     def capture(self, run: Run) -> Run:
         """Refuses, as time_ms."""
         raise self._no("time")

@@ -259,7 +259,8 @@ def summary_of(sampler: Sampler) -> dict[str, Any]:
             summary[name] = {"median": float(np.median(numbers)), "max": max(numbers), "sum": sum(numbers)}
         elif any(isinstance(value, bool) for value in values):
             summary[name] = {"rounds": sum(bool(value) for value in values)}
-    return summary
+    apart = sampler.apart()
+    return {**summary, "apart": apart} if apart else summary
 
 
 def _mean(parts: Sequence[tuple[float | None, float]]) -> float | None:

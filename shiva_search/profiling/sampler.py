@@ -18,12 +18,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from shiva_search.profiling.sample_log import Round, SampleLog
-from shiva_search.profiling.statistics import Estimate, disturbance_limit, estimate, is_disturbed, median_interval
+from shiva_search.profiling.statistics import (
+    Estimate,
+    disturbance_limit,
+    estimate,
+    is_disturbed,
+    log_ratio,
+    median_interval,
+)
 from shiva_search.records.profile import Sample
 
 Run = Callable[[], object]
 
 _CAPTURED = 4  # runs of a cell that become graphs, at most
+_SETTLE_S = 2.0  # most to wait at a time until the device is undisturbed
+_SETTLE_SHARE = 0.25  # of the time, most to wait in all
+_RETRIED = frozenset({"throttled", "apart", "no clean sample"})  # flags of a cell that is not known yet
 _LONG = 20  # a cell this many times longer than a sample must be is not repeated, so there is nothing to find out
 
 
@@ -31,6 +41,8 @@ class Timer(Protocol):
     """The part of a device the sampler needs."""
 
     def time_ms(self, run: Run, repeats: int = 1) -> float: ...
+
+    def settle(self, most_s: float = 0.0) -> bool: ...
 
     def conditions(self) -> dict[str, Any]: ...
 
@@ -134,6 +146,8 @@ class Sampler:
         self._estimates: dict[str, tuple[int, Estimate]] = {}
         self._limits: dict[str, float] = dict.fromkeys(self.groups, math.inf)
         self._owed_s: dict[str, float] = dict.fromkeys(self.groups, 0.0)
+        self._waited_s = 0.0
+        self._began = clock()
         self._ended = clock()
         if log is not None:
             samples, self.rounds = log.read()
@@ -211,16 +225,32 @@ class Sampler:
         }
 
     def reference_ms(self, group: str) -> float | None:
-        """Median of a group's references over the whole run."""
-        levels = [level for sample in self._of_group(group) for level in (sample.before_ms, sample.after_ms)]
+        """Median of a group's references over the whole run, or over its undisturbed part."""
+        levels = [level for sample in self._settled(group) for level in (sample.before_ms, sample.after_ms)]
         return float(np.median(levels)) if levels else None
 
     def reference_interval_ms(self, group: str) -> tuple[float, float] | None:
         """95 % bootstrap interval of reference_ms; references of one round move together, so rounds are drawn."""
         rounds: dict[int, list[float]] = {}
-        for sample in self._of_group(group):
+        for sample in self._settled(group):
             rounds.setdefault(sample.round, []).extend((sample.before_ms, sample.after_ms))
         return median_interval(list(rounds.values()), self._seed) if rounds else None
+
+    def apart(self) -> dict[str, float]:
+        """Share of the samples taken while threads were far from each other, and by how much cells were dearer then.
+
+        `change` is the median over cells with samples of both kinds of how much more of their reference they took.
+        """
+        taken = [sample for samples in self.samples.values() for sample in samples]
+        if not any(sample.apart for sample in taken):
+            return {}
+        changes = []
+        for samples in self.samples.values():
+            logs = {far: [log_ratio(sample) for sample in samples if sample.apart is far] for far in (True, False)}
+            if all(logs.values()):
+                changes.append(math.exp(float(np.median(logs[True]) - np.median(logs[False]))) - 1)
+        found = {"share": sum(sample.apart for sample in taken) / len(taken)}
+        return {**found, "change": float(np.median(changes))} if changes else found
 
     def timed_run(self, cell: Cell) -> Run:
         """What is timed for a cell, which is prepared: its run, or what `capture` made of it."""
@@ -239,9 +269,13 @@ class Sampler:
             sample for name, samples in self.samples.items() if self.cells[name].group == group for sample in samples
         ]
 
+    def _settled(self, group: str) -> list[Sample]:
+        samples = self._of_group(group)
+        return [sample for sample in samples if not (sample.throttled or sample.apart)] or samples
+
     def _width(self, cell: Cell) -> float:
         known = self.estimate(cell.name)
-        if known is None or known.samples < cell.min_samples or {"throttled", "no clean sample"} & set(known.flags):
+        if known is None or known.samples < cell.min_samples or _RETRIED & set(known.flags):
             return math.inf
         return known.half_width
 
@@ -292,20 +326,33 @@ class Sampler:
     def _chain(self, group: Group, index: int, offset_s: float, until: float, stop: float) -> list[Sample]:
         """Reference, cell, reference, cell, ..., reference: each serves the cell before it and the cell after it."""
         taken: list[Sample] = []
-        before_ms = self._time(group.reference)
+        before_ms, settled = self._settle(group)
         while not taken or (self._clock() < until and self._clock() < stop):
             cell = self._next(group.name)
             if cell is None:
                 break
             if self._warm_up(cell):
-                before_ms = self._time(group.reference)
+                before_ms, settled = self._settle(group)
             started_s = offset_s + self._clock()
+            # A look before each run: what it leaves in the caches, it leaves to references and cells alike.
             ms = self._time(cell)
+            settled &= self.device.settle()
             after_ms = self._time(group.reference)
+            still = self.device.settle()
+            apart = not (settled and still)
             repeats = self._repeats[cell.name]
-            taken.append(Sample(cell.name, group.name, index, started_s, ms, before_ms, after_ms, repeats))
-            before_ms = after_ms
+            taken.append(Sample(cell.name, group.name, index, started_s, ms, before_ms, after_ms, repeats, apart=apart))
+            before_ms, settled = (after_ms, True) if still else self._settle(group)
         return taken
+
+    def _settle(self, group: Group) -> tuple[float, bool]:
+        """A reference's milliseconds after the device has settled, and whether it has."""
+        begun = self._clock()
+        allowed_s = _SETTLE_S + _SETTLE_SHARE * (begun - self._began) - self._waited_s
+        settled = self.device.settle(max(0.0, min(_SETTLE_S, allowed_s)))
+        self._waited_s += self._clock() - begun
+        before_ms = self._time(group.reference)
+        return before_ms, settled & self.device.settle()
 
     def _next(self, group: str) -> Cell | None:
         queue = self._queues[group]

@@ -23,6 +23,7 @@ class VirtualMachine:
         noise: relative size of the noise of one run, heavy-tailed (Student's t with 3 degrees of freedom, from above).
         disturbed: (start, end, size): within this stretch a run takes longer by a random factor up to `size`.
         throttled: (start, end): the machine reports throttling, and runs at half its speed.
+        apart: (start, end): threads are far from each other, so that short work takes longer than its share.
     """
 
     seed: int = 0
@@ -30,6 +31,8 @@ class VirtualMachine:
     noise: float = 0.0
     disturbed: tuple[float, float, float] | None = None
     throttled: tuple[float, float] | None = None
+    apart: tuple[float, float] | None = None
+    waited_s: float = 0.0
     now_s: float = 0.0
     runs: int = 0
     _pending_ms: float = 0.0
@@ -58,6 +61,8 @@ class VirtualMachine:
                 factor *= self._rng.uniform(1.0, self.disturbed[2])
             if self._is_throttled():
                 factor *= 2.0
+            if self._is_apart():
+                factor *= 1 + 1 / (1 + self._pending_ms)
             self.now_s += self._pending_ms * factor / 1e3
             total_ms += self._pending_ms * factor
             self.runs += 1
@@ -66,8 +71,19 @@ class VirtualMachine:
     def conditions(self) -> dict[str, Any]:
         return {"runs_total": self.runs, "throttled": self._is_throttled()}
 
+    def settle(self, most_s: float = 0.0) -> bool:
+        while self._is_apart() and most_s > 1e-9:
+            step_s = min(0.05, most_s)
+            most_s -= step_s
+            self.waited_s += step_s
+            self.now_s += step_s
+        return not self._is_apart()
+
     def clock(self) -> float:
         return self.now_s
+
+    def _is_apart(self) -> bool:
+        return self.apart is not None and self.apart[0] <= self.now_s < self.apart[1]
 
     def _is_throttled(self) -> bool:
         return self.throttled is not None and self.throttled[0] <= self.now_s < self.throttled[1]

@@ -98,6 +98,31 @@ def test_rows_disturbed_throughout_are_flagged() -> None:
     assert machine.runs == 0
 
 
+def test_samples_taken_while_threads_are_apart_are_left_out() -> None:
+    machine = VirtualMachine(0, noise=0.01, apart=(3.0, 8.0))
+    sampler = sampler_on(machine)
+    sampler.run(12.0)
+    assert np.abs(errors_of(sampler)).max() < 0.02
+    assert not any("apart" in found.flags for found in sampler.finish().values())
+    taken = [sample for samples in sampler.samples.values() for sample in samples]
+    assert sampler.apart()["share"] == pytest.approx(np.mean([sample.apart for sample in taken]))
+    assert 0.0 < sampler.apart()["change"] < 0.6
+    assert 1.9 < sampler.reference_ms("blocks") / REFERENCE_MS * 2 < 2.1
+    assert 1.9 < machine.waited_s < 2.0 + 0.25 * 12
+
+
+def test_threads_that_stay_apart_are_waited_for_a_quarter_of_the_time_and_flagged() -> None:
+    machine = VirtualMachine(0, noise=0.01, apart=(0.0, 1e9))
+    sampler = sampler_on(machine)
+    sampler.run(20.0)
+    assert all("apart" in found.flags for found in sampler.finish().values())
+    assert 4.0 < machine.waited_s < 2.0 + 0.26 * machine.now_s
+    machine.apart = (0.0, machine.now_s)  # and now they are close
+    sampler.run(40.0)
+    assert not any(found.flags for found in sampler.finish().values())
+    assert np.abs(errors_of(sampler)).max() < 0.02
+
+
 def test_throttled_rounds_are_flagged_and_tried_again() -> None:
     always = sampler_on(VirtualMachine(0, throttled=(0.0, 1e9)))
     always.run(2.0)
@@ -244,7 +269,7 @@ def test_a_torn_end_of_the_log_is_dropped(tmp_path: Path) -> None:
     sampler.run(3.0)
     whole = log.read()
     with log.samples_path.open("a") as file:
-        file.write("cell 1,blocks,99,1.0,2.0,3.0,4.0,1,0\ncell 2,blo")
+        file.write("cell 1,blocks,99,1.0,2.0,3.0,4.0,1,0,0\ncell 2,blo")
     with log.rounds_path.open("a") as file:
         file.write('{"index": 99, "star')
     assert log.read() == whole
@@ -261,6 +286,7 @@ from shiva_search.profiling.sampler import Cell, Group, InTurn, Sampler
 class Clock:
     def time_ms(self, run, repeats=1):
         begun = time.perf_counter(); run(); return (time.perf_counter() - begun) * 1e3
+    def settle(self, most_s=0.0): return True
     def conditions(self): return {{}}
 
 def burn():
