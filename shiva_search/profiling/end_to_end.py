@@ -260,7 +260,7 @@ def summary_of(sampler: Sampler) -> dict[str, Any]:
         elif any(isinstance(value, bool) for value in values):
             summary[name] = {"rounds": sum(bool(value) for value in values)}
     apart = sampler.apart()
-    return {**summary, "apart": apart} if apart else summary
+    return {**summary, "threads_apart": apart} if apart else summary
 
 
 def _mean(parts: Sequence[tuple[float | None, float]]) -> float | None:

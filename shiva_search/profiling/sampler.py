@@ -31,7 +31,7 @@ from shiva_search.records.profile import Sample
 Run = Callable[[], object]
 
 _CAPTURED = 4  # runs of a cell that become graphs, at most
-_SETTLE_S = 2.0  # most to wait at a time until the device is undisturbed
+_SETTLE_S = 3.0  # to wait at a time, at most, until the device is undisturbed
 _SETTLE_SHARE = 0.25  # of the time, most to wait in all
 _RETRIED = frozenset({"throttled", "apart", "no clean sample"})  # flags of a cell that is not known yet
 _LONG = 20  # a cell this many times longer than a sample must be is not repeated, so there is nothing to find out
@@ -239,7 +239,7 @@ class Sampler:
     def apart(self) -> dict[str, float]:
         """Share of the samples taken while threads were far from each other, and by how much cells were dearer then.
 
-        `change` is the median over cells with samples of both kinds of how much more of their reference they took.
+        `ratio_change` is the median over cells with samples of both kinds: how much more of their reference they took.
         """
         taken = [sample for samples in self.samples.values() for sample in samples]
         if not any(sample.apart for sample in taken):
@@ -249,8 +249,8 @@ class Sampler:
             logs = {far: [log_ratio(sample) for sample in samples if sample.apart is far] for far in (True, False)}
             if all(logs.values()):
                 changes.append(math.exp(float(np.median(logs[True]) - np.median(logs[False]))) - 1)
-        found = {"share": sum(sample.apart for sample in taken) / len(taken)}
-        return {**found, "change": float(np.median(changes))} if changes else found
+        found = {"share_of_samples": sum(sample.apart for sample in taken) / len(taken)}
+        return {**found, "ratio_change": float(np.median(changes))} if changes else found
 
     def timed_run(self, cell: Cell) -> Run:
         """What is timed for a cell, which is prepared: its run, or what `capture` made of it."""
@@ -318,7 +318,9 @@ class Sampler:
             self._limits[name] = disturbance_limit(self._of_group(name))
         for sample in taken:
             group = self.cells[sample.cell].group
-            if is_disturbed(sample, self._limits[group]):
+            if sample.throttled or sample.apart:  # the device as a whole, and for a while: others have their turn first
+                self._queues[group].append(sample.cell)
+            elif is_disturbed(sample, self._limits[group]):
                 self._queues[group].appendleft(sample.cell)
         if self._log is not None:
             self._log.append(taken, finished)
@@ -349,7 +351,8 @@ class Sampler:
         """A reference's milliseconds after the device has settled, and whether it has."""
         begun = self._clock()
         allowed_s = _SETTLE_S + _SETTLE_SHARE * (begun - self._began) - self._waited_s
-        settled = self.device.settle(max(0.0, min(_SETTLE_S, allowed_s)))
+        # Rather one wait that is long enough than many that are not.
+        settled = self.device.settle(_SETTLE_S if allowed_s >= _SETTLE_S else 0.0)
         self._waited_s += self._clock() - begun
         before_ms = self._time(group.reference)
         return before_ms, settled & self.device.settle()
