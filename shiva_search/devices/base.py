@@ -113,7 +113,7 @@ class Device(Protocol):
             most_s: how long to wait, at most.
 
         Returns:
-            Whether the device is undisturbed: on a CPU, its threads run as close to each other as they have been seen.
+            Whether the device is undisturbed: on a CPU, its threads are placed as well as they have been seen.
         """
         ...
 

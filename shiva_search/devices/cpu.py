@@ -60,7 +60,7 @@ class CpuDevice:
         return (ended_ns - begun_ns) / repeats * 1e-6
 
     def settle(self, most_s: float = 0.0) -> bool:
-        """Waits until threads are close to each other (devices/threads.py)."""
+        """Waits until the threads are placed well (devices/threads.py)."""
         return THREADS.settle(most_s)
 
     def capture(self, run: Run) -> Run:
@@ -93,8 +93,10 @@ class CpuDevice:
         return self._meter.measure(run, min_seconds)
 
     def conditions(self) -> dict[str, Any]:
-        """Load, context switches and stolen time, and how long the threads take to exchange data."""
-        return {**host_conditions(), "thread_exchange_us": THREADS.measure_us()}
+        """Load, context switches, stolen time, and how long the threads take to exchange data and to compute."""
+        found = THREADS.read()
+        placed = {} if found is None else {"thread_exchange_us": found.exchange_us, "thread_work_us": found.work_us}
+        return {**host_conditions(), **placed}
 
     def sensors(self) -> list[SensorReport]:
         """The clock, the allocator, and RAPL with what is missing to use it."""

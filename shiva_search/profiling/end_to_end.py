@@ -259,8 +259,8 @@ def summary_of(sampler: Sampler) -> dict[str, Any]:
             summary[name] = {"median": float(np.median(numbers)), "max": max(numbers), "sum": sum(numbers)}
         elif any(isinstance(value, bool) for value in values):
             summary[name] = {"rounds": sum(bool(value) for value in values)}
-    apart = sampler.apart()
-    return {**summary, "threads_apart": apart} if apart else summary
+    unsettled = sampler.unsettled()
+    return {**summary, "unsettled": unsettled} if unsettled else summary
 
 
 def _mean(parts: Sequence[tuple[float | None, float]]) -> float | None:

@@ -33,7 +33,7 @@ Run = Callable[[], object]
 _CAPTURED = 4  # runs of a cell that become graphs, at most
 _SETTLE_S = 3.0  # to wait at a time, at most, until the device is undisturbed
 _SETTLE_SHARE = 0.25  # of the time, most to wait in all
-_RETRIED = frozenset({"throttled", "apart", "no clean sample"})  # flags of a cell that is not known yet
+_RETRIED = frozenset({"throttled", "unsettled", "no clean sample"})  # flags of a cell that is not known yet
 _LONG = 20  # a cell this many times longer than a sample must be is not repeated, so there is nothing to find out
 
 
@@ -236,20 +236,20 @@ class Sampler:
             rounds.setdefault(sample.round, []).extend((sample.before_ms, sample.after_ms))
         return median_interval(list(rounds.values()), self._seed) if rounds else None
 
-    def apart(self) -> dict[str, float]:
-        """Share of the samples taken while threads were far from each other, and by how much cells were dearer then.
+    def unsettled(self) -> dict[str, float]:
+        """Share of the samples taken while the device was not settled, and by how much ratios differed then.
 
         `ratio_change` is the median over cells with samples of both kinds: how much more of their reference they took.
         """
         taken = [sample for samples in self.samples.values() for sample in samples]
-        if not any(sample.apart for sample in taken):
+        if not any(sample.unsettled for sample in taken):
             return {}
         changes = []
         for samples in self.samples.values():
-            logs = {far: [log_ratio(sample) for sample in samples if sample.apart is far] for far in (True, False)}
+            logs = {far: [log_ratio(sample) for sample in samples if sample.unsettled is far] for far in (True, False)}
             if all(logs.values()):
                 changes.append(math.exp(float(np.median(logs[True]) - np.median(logs[False]))) - 1)
-        found = {"share_of_samples": sum(sample.apart for sample in taken) / len(taken)}
+        found = {"share_of_samples": sum(sample.unsettled for sample in taken) / len(taken)}
         return {**found, "ratio_change": float(np.median(changes))} if changes else found
 
     def timed_run(self, cell: Cell) -> Run:
@@ -271,7 +271,7 @@ class Sampler:
 
     def _settled(self, group: str) -> list[Sample]:
         samples = self._of_group(group)
-        return [sample for sample in samples if not (sample.throttled or sample.apart)] or samples
+        return [sample for sample in samples if not (sample.throttled or sample.unsettled)] or samples
 
     def _width(self, cell: Cell) -> float:
         known = self.estimate(cell.name)
@@ -318,7 +318,7 @@ class Sampler:
             self._limits[name] = disturbance_limit(self._of_group(name))
         for sample in taken:
             group = self.cells[sample.cell].group
-            if sample.throttled or sample.apart:  # the device as a whole, and for a while: others have their turn first
+            if sample.throttled or sample.unsettled:  # the whole device, and for a while: others come first
                 self._queues[group].append(sample.cell)
             elif is_disturbed(sample, self._limits[group]):
                 self._queues[group].appendleft(sample.cell)
@@ -341,9 +341,11 @@ class Sampler:
             settled &= self.device.settle()
             after_ms = self._time(group.reference)
             still = self.device.settle()
-            apart = not (settled and still)
+            unsettled = not (settled and still)
             repeats = self._repeats[cell.name]
-            taken.append(Sample(cell.name, group.name, index, started_s, ms, before_ms, after_ms, repeats, apart=apart))
+            taken.append(
+                Sample(cell.name, group.name, index, started_s, ms, before_ms, after_ms, repeats, unsettled=unsettled)
+            )
             before_ms, settled = (after_ms, True) if still else self._settle(group)
         return taken
 

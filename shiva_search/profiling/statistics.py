@@ -31,9 +31,9 @@ class Estimate:
     Attributes:
         ratio: cell over reference; low and high bound a 95 % bootstrap interval.
         samples: clean samples it rests on.
-        disturbed: share of samples left out: references disagree, throttling, threads far from each other.
-        flags: "wide" (interval), "disturbed" (over a third of the samples left out), "throttled", "apart" or "no clean
-            sample" (too few were left, so all were taken).
+        disturbed: share of samples left out: references disagree, throttling, an unsettled device.
+        flags: "wide" (interval), "disturbed" (over a third of the samples left out), "throttled", "unsettled" or "no
+            clean sample" (too few were left, so all were taken).
     """
 
     ratio: float
@@ -60,7 +60,7 @@ def disturbance_limit(samples: Sequence[Sample]) -> float:
 
 def is_disturbed(sample: Sample, limit: float) -> bool:
     """Whether something happened around a sample that its references noticed, or that the device told."""
-    return sample.throttled or sample.apart or abs(math.log(sample.after_ms / sample.before_ms)) > limit
+    return sample.throttled or sample.unsettled or abs(math.log(sample.after_ms / sample.before_ms)) > limit
 
 
 def log_ratio(sample: Sample) -> float:
@@ -83,9 +83,9 @@ def estimate(samples: Sequence[Sample], limit: float, seed: int = 0, quick: bool
     if len(clean) < min(_MIN_CLEAN, len(samples)):
         # Better a flagged figure than none; the interval is wide of itself.
         clean = list(samples)
-        told = [name for name in ("throttled", "apart") if any(getattr(sample, name) for sample in samples)]
+        told = [name for name in ("throttled", "unsettled") if any(getattr(sample, name) for sample in samples)]
         flags.append(told[0] if told else "no clean sample")
-    elif len(clean) < 2 / 3 * sum(not (sample.throttled or sample.apart) for sample in samples):
+    elif len(clean) < 2 / 3 * sum(not (sample.throttled or sample.unsettled) for sample in samples):
         flags.append("disturbed")
     logs = np.array([log_ratio(sample) for sample in clean])
     centre, low, high = (winsorised_interval if quick else trimmed_interval)(logs, seed)

@@ -20,7 +20,7 @@ class Measurement:
         energy_j, power_w, peak_memory_mib, gflops: of the plan; dense_* of the dense model.
         reasons: field -> why it is None.
         conditions: what may have disturbed the run.
-        flags: "wide", "disturbed", "throttled", "apart", "no clean sample".
+        flags: "wide", "disturbed", "throttled", "unsettled", "no clean sample".
         replayed: the figures come from a recorded profile's cost model, not from a clock.
     """
 

@@ -22,7 +22,7 @@ from shiva_search.records.plan import PLAIN, row_as_json, row_from_json
 
 SCHEMA_VERSION = 1
 #: Columns that the first profiles did not have.
-_ADDED = ("bypass_rank", "attend", "apart")
+_ADDED = ("bypass_rank", "attend", "unsettled")
 _AGAIN = "restore it or run `shiva-search profile` again"
 _Record = TypeVar("_Record", "Row", "Forward", "Sample")
 
@@ -43,7 +43,7 @@ class Row:
         energy_j, power_w: of one run of the block.
         peak_memory_mib: the allocator's peak during the block, above what was live before.
         gflops: 10^9 floating point operations, 2 per multiply-add.
-        flags: "wide" (interval), "disturbed", "throttled", "apart", "no clean sample".
+        flags: "wide" (interval), "disturbed", "throttled", "unsettled", "no clean sample".
         bypass_rank, attend: what else the block did, as in records.plan.Kept.
     """
 
@@ -110,7 +110,7 @@ class Sample:
         before_ms, after_ms: milliseconds of the references.
         repeats: runs timed together.
         throttled: whether the device reported throttling in this round.
-        apart: whether the device was disturbed around the sample (Device.settle), its threads far from each other.
+        unsettled: whether the device was disturbed around the sample (Device.settle), its threads placed badly.
     """
 
     cell: str
@@ -122,7 +122,7 @@ class Sample:
     after_ms: float
     repeats: int = 1
     throttled: bool = False
-    apart: bool = False
+    unsettled: bool = False
 
 
 @dataclass(frozen=True)

@@ -199,8 +199,8 @@ def closing_table(summary: Summary, plan: Plan | None = None, files: Sequence[Pa
     split = f" on {summary['error_split']} images" if summary.get("error_split") else ""
     meaning = f"{split} (squared difference to the dense output, normalised; 0 is dense)"
     rows.append(("error", error_in_words(summary, notes) + (meaning if summary.get("error") is not None else "")))
-    if apart := (summary.get("conditions") or {}).get("threads_apart"):
-        rows.append(("threads apart", _apart_in_words(apart)))
+    if unsettled := (summary.get("conditions") or {}).get("unsettled"):
+        rows.append(("unsettled", _unsettled_in_words(unsettled)))
     folders = {path.parent for path in files}
     if len(folders) == 1:
         rows.append(("files written", f"{folders.pop()}/: " + ", ".join(path.name for path in files)))
@@ -235,10 +235,8 @@ def _share_of_dense(summary: Summary, part: str) -> str:
     return text
 
 
-def _apart_in_words(apart: Mapping[str, float]) -> str:
-    """What the threads' distance would have changed, where the machine moved them apart during the measurement."""
-    text = f"{percent(apart['share_of_samples'])} of the samples, left out: the machine had moved the threads apart"
-    change = apart.get("ratio_change")
-    return (
-        text if change is None else f"{text}, and the plan's share of the dense latency then changed by {change:+.1%}"
-    )
+def _unsettled_in_words(unsettled: Mapping[str, float]) -> str:
+    """What the machine's placing of threads would have changed, where it placed them badly during the measurement."""
+    share, change = unsettled["share_of_samples"], unsettled.get("ratio_change")
+    text = f"{percent(share)} of the samples, left out: the machine had placed the threads badly"
+    return text if change is None else f"{text}, and the plan's share of the dense latency differed by {change:+.1%}"
