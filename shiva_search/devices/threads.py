@@ -57,6 +57,7 @@ class Threads:
     ) -> None:
         self._read, self._clock, self._sleep = read or self._by_torch, clock, sleep
         self._best: dict[int, Reading] = {}  # by number of threads
+        self._learnt: set[int] = set()  # numbers of threads that have been given time to be placed well
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._factor = torch.zeros(_WORK, _WORK)
 
@@ -85,7 +86,8 @@ class Threads:
         threads = torch.get_num_threads()
         if threads == 1:
             return True
-        if threads not in self._best:
+        if threads not in self._learnt:
+            self._learnt.add(threads)
             for _ in range(_PAUSES_AT_FIRST):
                 self.read()
                 self._sleep(_PAUSE_S)
