@@ -20,6 +20,7 @@ import torch
 from .base import MIB
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_FIRST = -20  # the nice value that goes first
 _SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -70,7 +71,7 @@ def describe_host(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> dict[
 
 
 def host_conditions(proc: Path = Path("/proc")) -> dict[str, Any]:
-    """Load, context switches and page faults of this process, and time stolen by a hypervisor.
+    """Load, priority, context switches and page faults of this process, and time stolen by a hypervisor.
 
     Names that end in `_total` count since the start of the process (switches, faults) or of the system (steal, in
     seconds).
@@ -79,6 +80,7 @@ def host_conditions(proc: Path = Path("/proc")) -> dict[str, Any]:
     steal_s = _steal_s(proc)
     return {
         "load_1min": os.getloadavg()[0],
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "voluntary_switches_total": usage.ru_nvcsw,
         "involuntary_switches_total": usage.ru_nivcsw,
         "page_faults_total": usage.ru_minflt,
@@ -97,6 +99,43 @@ def garbage_kept() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def ahead_of_others(proc: Path = Path("/proc")) -> Iterator[None]:
+    """All threads of this process go before other processes, as far as the system lets them, and back at the end.
+
+    A run on several threads waits for the last of them, so one busy process beside it costs long runs more than short
+    ones, and ratios are off by a fifth. Ahead of it, by less than 1 %. Root may do so, and whom CAP_SYS_NICE or
+    RLIMIT_NICE allow it; for others nothing changes. Processes of other control groups are not affected.
+    """
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    before = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in _threads(proc)}
+    try:
+        for thread in before:
+            # What is allowed to whom is not root: see setrlimit(2).
+            if not _set_nice(thread, _FIRST):
+                _set_nice(thread, min(usual, 20 - resource.getrlimit(resource.RLIMIT_NICE)[0]))
+        yield
+    finally:
+        for thread in _threads(proc):  # those that began on the way as well: they inherit
+            _set_nice(thread, before.get(thread, usual))
+
+
+def _threads(proc: Path) -> list[int]:
+    # On Linux each thread has a nice value of its own; elsewhere this folder is missing, and nothing is changed.
+    try:
+        return [int(entry.name) for entry in (proc / "self/task").iterdir()]
+    except OSError:
+        return []
+
+
+def _set_nice(thread: int, nice: int) -> bool:
+    try:
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
+    except (PermissionError, ProcessLookupError):  # not allowed; ended since
+        return False
+    return True
 
 
 def _steal_s(proc: Path) -> float | None:

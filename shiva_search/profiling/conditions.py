@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from shiva_search.devices.host import ahead_of_others
 from shiva_search.errors import InputError
 from shiva_search.models.blocks import Kwargs
 from shiva_search.models.model import Layer, Model
@@ -27,7 +28,10 @@ _COPY_LIMIT_BYTES = 64 * 2**20  # beyond this a block's weights leave the cache 
 
 @contextmanager
 def deployed(model: Model) -> Iterator[None]:
-    """Threads, no gradients, evaluation mode and compiled blocks as the workload says; all restored at the end."""
+    """Threads, no gradients, evaluation mode and compiled blocks as the workload says, ahead of other processes.
+
+    All is as before at the end.
+    """
     threads = torch.get_num_threads()
     training = model.module.training
     with ExitStack() as stack:
@@ -35,6 +39,7 @@ def deployed(model: Model) -> Iterator[None]:
         if model.workload.threads is not None:
             torch.set_num_threads(model.workload.threads)
             stack.callback(torch.set_num_threads, threads)
+        stack.enter_context(ahead_of_others())
         if training:
             model.module.eval()
             stack.callback(model.module.train)

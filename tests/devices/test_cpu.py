@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from shiva_search.devices.cpu import CpuDevice
-from shiva_search.devices.host import describe_host, host_conditions
+from shiva_search.devices.host import ahead_of_others, describe_host, host_conditions
 
 MIB = 2**20
 
@@ -123,6 +124,59 @@ def test_conditions_count_context_switches() -> None:
         threading.Event().wait(0.001)
     after = host_conditions()
     assert after["voluntary_switches_total"] >= before["voluntary_switches_total"] + 20
+
+
+def nice_of_threads() -> dict[int, int]:
+    threads = [int(name) for name in os.listdir("/proc/self/task")]
+    return {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+
+
+def test_measuring_goes_before_other_processes_where_that_is_allowed() -> None:
+    release = threading.Event()
+    waiting = [threading.Thread(target=release.wait) for _ in range(2)]
+    waiting[0].start()
+    before = nice_of_threads()
+    usual = before[threading.get_native_id()]
+    try:
+        with pytest.raises(RuntimeError, match="stop"), ahead_of_others():
+            waiting[1].start()
+            inside = nice_of_threads()
+            assert all(nice == inside[threading.get_native_id()] for nice in inside.values())
+            assert host_conditions()["nice"] == inside[threading.get_native_id()]
+            if may_go_first():
+                assert set(inside.values()) == {-20}
+            else:
+                assert max(inside.values()) <= usual
+            raise RuntimeError("stop")
+        after = nice_of_threads()
+        assert {thread: after[thread] for thread in before} == before
+        assert after[waiting[1].native_id or 0] == usual
+    finally:
+        release.set()
+        for thread in waiting:
+            if thread.ident:
+                thread.join()
+
+
+def may_go_first() -> bool:
+    code = "import os; os.setpriority(os.PRIO_PROCESS, 0, -20)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_without_permission_priorities_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(which: int, who: int, priority: int) -> None:
+        raise PermissionError("not permitted")
+
+    before = nice_of_threads()
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with ahead_of_others():
+        assert nice_of_threads() == before
+
+
+def test_where_threads_are_not_listed_nothing_is_changed(tmp_path: Path) -> None:
+    before = nice_of_threads()
+    with ahead_of_others(proc=tmp_path):
+        assert nice_of_threads() == before
 
 
 def test_host_from_a_proc_tree(tmp_path: Path) -> None:
