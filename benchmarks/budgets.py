@@ -16,7 +16,6 @@ goes on from there. --most ends a piece after so many budgets.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -28,9 +27,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.state import begun, keep
 from benchmarks.timing import print_result
 from shiva_search.cost.cost_model import CostModel, load_cost_model
-from shiva_search.errors import InfeasibleBudgetError, InputError, ShivaError
+from shiva_search.errors import InfeasibleBudgetError, ShivaError
 from shiva_search.models.model import Model
 from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.budget import Budget, option_name
@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace, state: Path, folder: Path) -> dict[str,
         profile=str(folder / "profile"), seed=options.seed,
     )  # fmt: skip
     asked = {name: getattr(options, name) for name in ("model", "device", "bypass", "count", "trials", "seed")}
-    rows = _begun(state, asked)
+    rows = begun(state, asked)
     if not (folder / "profile" / "cost_model.json").is_file():
         profile_command(
             settings.model, settings.device, {}, seconds=options.profile_seconds, out=folder / "profile",
@@ -98,9 +98,7 @@ def measure(options: argparse.Namespace, state: Path, folder: Path) -> dict[str,
         row = {"index": index, "budget": budgets[index]}
         row |= held(replace(settings, budget=budgets[index]), folder / f"run-{index}", options.seconds)
         rows.append(row)
-        with state.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        keep(state, row)
     refusals = [
         refusal(model, cost, budget) for budget in infeasible_budgets(model, cost, options.infeasible, options.seed + 1)
     ]
@@ -242,21 +240,6 @@ def refusal(model: Model, cost: CostModel, texts: Texts) -> dict[str, bool]:
         return {"refused": ok, "named_floor_feasible": True}
     say(f"{texts} should have been refused")
     return {"refused": False, "named_floor_feasible": False}
-
-
-def _begun(state: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an earlier piece has done.
-
-    Raises:
-        InputError: it was asked for something else.
-    """
-    if not state.is_file():
-        state.write_text(json.dumps(asked) + "\n")
-        return []
-    before, *rows = [json.loads(line) for line in state.read_text().splitlines()]
-    if before != asked:
-        raise InputError(f"{state} is about {before}, not {asked}; name another file")
-    return list(rows)
 
 
 def say(line: str) -> None:

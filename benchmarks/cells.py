@@ -34,8 +34,8 @@ def main() -> None:
     router = Router.for_model(model, seed=0)
     profile = profile_model(model, device, seconds=options.seconds, counts=counts, plans=PLANS, scorer=router)
     cost = fit_cost_model(profile)
-    predicted, measured, _, _ = held_out(model, cost, device, options.held_out, options.measure_seconds, seed=1000)
-    figures = errors_of(predicted, measured, cost.interval)
+    predicted, measured, widths, _ = held_out(model, cost, device, options.held_out, options.measure_seconds, seed=1000)
+    figures = errors_of(predicted, measured, widths, cost.interval)
     # Every figure that was measured: blocks at each count, the dense and the empty forward, plans.
     cells = len(profile.rows) + 2 + len(profile.forwards)
     exhaustive = LAYERS * len(counts)

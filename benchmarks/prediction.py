@@ -56,13 +56,14 @@ def main() -> None:
         predicted, measured, widths, dense_ms = held_out(
             model, cost, device, options.plans, measure_seconds, seed + 1000
         )
-        figures = errors_of(predicted, measured, cost.interval)
+        figures = errors_of(predicted, measured, widths, cost.interval)
         runs.append({**figures, "profile_s": took_s, "interval": cost.interval})
         print(
             f"run {run + 1}: profile {took_s:.0f} s, dense {cost.dense.latency_ms:.1f} ms, then {dense_ms:.1f}; "
             f"median error {figures['median_error']:.2%}, 95th percentile {figures['p95_error']:.2%}, "
             f"bias {figures['bias']:+.2%}, Spearman {figures['spearman']:.4f}; 90 % interval +-{cost.interval:.1%} "
-            f"held {figures['coverage']:.0%}; measured to +-{float(np.median(widths)):.1%}",
+            f"held {figures['coverage']:.0%}, "
+            f"with the measured one {figures['coverage_of_both']:.0%}; measured to +-{float(np.median(widths)):.1%}",
             flush=True,
         )
     print_result({"model": options.model, "plans": options.plans, **worst(runs), "runs": runs})

@@ -3,7 +3,10 @@
 Work is counted in forward passes of the dense model over the calibration batch, sensitivities included; a pruned plan
 counts by its predicted latency. Baselines get the same candidates and constraints and judge every plan they propose.
 
-    python -m benchmarks.search --model random-24 --forwards 300 --seeds 2
+    python -m benchmarks.search [--model random-24] [--forwards 1000] [--seeds 5] [--state search.jsonl]
+
+It takes hours. With --state, each model, budget and seed that is done is kept there, a JSON line each, and the same
+command goes on from there.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import torch
 
+from benchmarks.state import begun, keep
 from shiva_search.models.catalog import load_model
 from shiva_search.models.families import family_of
 from shiva_search.models.model import Model
@@ -170,8 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--gp-trials", type=int, default=300, help="the Gaussian process takes minutes beyond that")
     parser.add_argument("--scorer", default="stride")
+    parser.add_argument("--state", type=Path, help="where to keep what is done, and to go on from")
     options = parser.parse_args(arguments)
 
+    asked = {name: getattr(options, name) for name in ("samples", "chunk", "forwards", "ours_forwards", "gp_trials")}
+    asked |= {"scorer": options.scorer, "baselines": options.baselines}
+    before = begun(options.state, asked)
+    known = {(row["model"], row["budget"], row["seed"]): row for row in before}
     rows = []
     for name in options.model:
         model = open_model(name)
@@ -180,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for share in options.budgets:
             space = build_space(model, cost, Budget(shares={"latency_ms": share}))
             for seed in range(options.seeds):
+                if (name, share, seed) in known:
+                    rows.append(known[name, share, seed])
+                    continue
                 started = time.process_time()
                 evaluator = evaluator_for(model, options.scorer, space, seed, options.samples, options.chunk)
                 curves = {"ours": ours(space, evaluator, seed, options.ours_forwards)}
@@ -198,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 for point in (10, 20, 30, 60, 100, 300, 1000):
                     row[f"after_{point}"] = {method: at(curve, point) for method, curve in curves.items()}
                 rows.append(row)
-                print(json.dumps(row), flush=True)
+                keep(options.state, row)
     result = summarise(rows, options.baselines)
     print("RESULT " + json.dumps(result))
     return result

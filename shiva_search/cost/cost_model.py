@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shiva_search.cost.evidence import Evidence, PlanRatio
-from shiva_search.cost.fit import LatencyFit, fit_latency, plan_share
+from shiva_search.cost.fit import LatencyFit, fit_latency, predict_shares
 from shiva_search.errors import InputError
 from shiva_search.records.cost_table import FILE, MEMORY, CostTable, Curve, extra_parts, table_fields
 from shiva_search.records.files import read_json, write_json
@@ -183,7 +183,7 @@ def load_cost_model(folder: str | Path) -> CostModel:
 def _assembled(known: CostModel, evidence: Evidence) -> CostModel:
     """Latency and energy from evidence, all else as it was."""
     fit = fit_latency(evidence)
-    errors = _held_out_errors(evidence)
+    errors, expected = _held_out_errors(evidence)
     curves = dict(known.curves)
     curves["latency_ms"] = {
         name: Curve(evidence.blocks[name].tokens_kept, values) for name, values in fit.curves_ms.items()
@@ -206,7 +206,7 @@ def _assembled(known: CostModel, evidence: Evidence) -> CostModel:
         layers=known.layers,
         curves=curves,
         fixed_costs=fixed,
-        interval=_conformal(errors),
+        interval=_conformal(errors, expected, evidence),
         missing=known.missing,
         extras=extras,
         evidence=evidence,
@@ -223,31 +223,35 @@ def _assembled(known: CostModel, evidence: Evidence) -> CostModel:
     )
 
 
-def _held_out_errors(evidence: Evidence) -> np.ndarray:
-    """Relative errors of predictions for plans that the fit had not seen, each plan left out once."""
+def _held_out_errors(evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
+    """[plans], each left out of a fit once: relative error of its prediction, and the standard error it came with."""
     count = len(evidence.plans)
     if count < _FEWEST_PLANS:
-        return np.zeros(0)
+        return np.zeros(0), np.zeros(0)
     folds = np.arange(count) % min(_FOLDS, count)
-    errors = np.zeros(count)
+    errors, expected = np.zeros(count), np.zeros(count)
     for fold in range(min(_FOLDS, count)):
         out = np.flatnonzero(folds == fold)
-        fit = fit_latency(evidence.without_plans(out.tolist()))
-        for i in out:
-            plan = evidence.plans[i]
-            errors[i] = plan_share(fit, evidence, plan) / plan.ratio - 1
-    return errors
+        shares, expected[out] = predict_shares(evidence.without_plans(out.tolist()), [evidence.plans[i] for i in out])
+        errors[out] = shares / [evidence.plans[i].ratio for i in out] - 1
+    return errors, expected
 
 
-def _conformal(errors: np.ndarray) -> float:
-    """Interval that covers a new plan with probability COVERAGE (split conformal prediction, finite-sample rank)."""
+def _conformal(errors: np.ndarray, expected: np.ndarray, evidence: Evidence) -> float:
+    """Interval around what a new plan takes in truth, with probability COVERAGE.
+
+    Normalised split conformal prediction: errors are seen in units of what prediction and measurement together were
+    expected to be off by, so that the noise of short measurements does not widen the interval. The rank is that of a
+    finite sample, straight between two errors.
+    """
     if not len(errors):
         return _UNCALIBRATED
-    rank = int(np.ceil((len(errors) + 1) * COVERAGE))
-    ordered = np.sort(np.abs(np.log1p(errors)))
+    of_measuring = np.array([plan.error for plan in evidence.plans])
+    units = np.sort(np.abs(np.log1p(errors)) / np.hypot(expected, of_measuring))
+    rank = (len(units) + 1) * COVERAGE - 1
     # Too few plans to know the tail: a half beyond the worst seen.
-    distance = ordered[rank - 1] if rank <= len(ordered) else 1.5 * ordered[-1]
-    return float(np.expm1(distance))
+    most = np.interp(rank, np.arange(len(units)), units) if rank <= len(units) - 1 else 1.5 * units[-1]
+    return float(np.expm1(most * np.sqrt(np.mean(expected**2))))
 
 
 def _summary(errors: np.ndarray, evidence: Evidence) -> dict[str, Any]:

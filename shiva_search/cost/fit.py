@@ -17,7 +17,7 @@ neighbouring counts make a step. Corrections end up in c and f, so the cost of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -62,29 +62,24 @@ class LatencyFit:
 def fit_latency(evidence: Evidence) -> LatencyFit:
     """Solve the problem above; without forwards it is the isotonic regression of the blocks, weighted by precision."""
     system = _System(evidence)
-    solution = system.solve(np.ones(len(evidence.plans)))
-    for _ in range(_ITERATIONS if evidence.plans else 0):
-        # Huber's weights: a plan far off counts in proportion to 1 / distance.
-        residual = np.abs(system.plan_residuals(solution))
-        solution = system.solve(np.minimum(1.0, _HUBER / np.maximum(residual, 1e-9)))
-    return system.unpack(solution)
+    return system.unpack(system.fit()[0])
 
 
-def plan_share(fit: LatencyFit, evidence: Evidence, plan: PlanRatio) -> float:
-    """Predicted planned over dense latency."""
+def predict_shares(evidence: Evidence, plans: Sequence[PlanRatio]) -> tuple[np.ndarray, np.ndarray]:
+    """What a fit says of plans that are not among its evidence.
 
-    def total(row: tuple[int, ...]) -> float:
-        return fit.fixed_ms + sum(
-            float(np.interp(k, evidence.blocks[name].tokens_kept, fit.curves_ms[name]))
-            + sum(
-                float(np.interp(k, evidence.extras[name][part].tokens_kept, fit.extras_ms[name][part]))
-                for part in extra_parts(k)
-            )
-            for name, k in zip(evidence.layers, row, strict=True)
-        )
-
-    dense_ms = total((evidence.tokens,) * len(evidence.layers))
-    return sum(weight * total(row) for weight, row in zip(plan.weights, plan.rows, strict=True)) / dense_ms
+    Returns:
+        [plans]: planned over dense latency; and its standard error, relative: what the evidence leaves open, by the
+        normal equations of the problem above.
+    """
+    system = _System(evidence)
+    solution, matrix = system.fit()
+    dense = PlanRatio(((evidence.tokens,) * len(evidence.layers),), (1.0,), 1.0, 0.0)
+    rows = np.array([system.plan_row(plan) for plan in plans])
+    totals = rows @ solution
+    _, triangle = np.linalg.qr(matrix)
+    errors = np.linalg.norm(np.linalg.solve(triangle.T, rows.T), axis=0)
+    return totals / float(system.plan_row(dense) @ solution), errors / totals
 
 
 class _System:
@@ -111,12 +106,21 @@ class _System:
         self.matrices = {name: self._curve_matrix(name) for name in blocks}
         self.dense_block = sum(blocks[name].latency_ms[-1] for name in names) / len(names) / self.sum_ms
         self.prior_rows, self.prior_values = self._prior()
-        self.plan_rows = np.array([self._plan_row(plan) for plan in evidence.plans]).reshape(-1, width)
+        self.plan_rows = np.array([self.plan_row(plan) for plan in evidence.plans]).reshape(-1, width)
         self.plan_values = np.array([plan.ratio for plan in evidence.plans])
         self.plan_errors = np.array([plan.error * plan.ratio for plan in evidence.plans])
 
-    def solve(self, weights: np.ndarray) -> np.ndarray:
-        """The solution with plans weighted."""
+    def fit(self) -> tuple[np.ndarray, np.ndarray]:
+        """The solution, outliers weighted down, and the rows it solves, each in units of its error."""
+        solution, matrix = self._solve(np.ones(len(self.plan_values)))
+        for _ in range(_ITERATIONS if len(self.plan_values) else 0):
+            # Huber's weights: a plan far off counts in proportion to 1 / distance.
+            residuals = np.abs(self.plan_values - self.plan_rows @ solution) / self.plan_errors
+            solution, matrix = self._solve(np.minimum(1.0, _HUBER / np.maximum(residuals, 1e-9)))
+        return solution, matrix
+
+    def _solve(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The solution with plans weighted, and the rows."""
         root = np.sqrt(weights) / self.plan_errors if len(weights) else np.zeros(0)
         matrix = np.vstack([self.prior_rows, self.plan_rows * root[:, None]])
         values = np.concatenate([self.prior_values, self.plan_values * root])
@@ -125,13 +129,8 @@ class _System:
         for (_, part), place in self.extras.items():
             if part == "all":  # a kernel may take more keys in less time; a bypass is only ever work
                 low[place] = -np.inf
-        solution: np.ndarray = lsq_linear(matrix, values, bounds=(low, np.full(self.width, np.inf)), method="bvls").x
-        return solution
-
-    def plan_residuals(self, solution: np.ndarray) -> np.ndarray:
-        """Measured minus predicted, in standard errors."""
-        residuals: np.ndarray = (self.plan_values - self.plan_rows @ solution) / self.plan_errors
-        return residuals
+        bounds = (low, np.full(self.width, np.inf))
+        return lsq_linear(matrix, values, bounds=bounds, method="bvls").x, matrix
 
     def unpack(self, solution: np.ndarray) -> LatencyFit:
         """Milliseconds, such that the dense model comes out at its measured latency to the last digit."""
@@ -203,7 +202,8 @@ class _System:
             if one[0] == other[0] and counts[one] == counts[other]
         ]
 
-    def _plan_row(self, plan: PlanRatio) -> np.ndarray:
+    def plan_row(self, plan: PlanRatio) -> np.ndarray:
+        """How much of each unknown a plan takes."""
         total = np.zeros(self.width)
         total[0] = 1.0
         for weight, row in zip(plan.weights, plan.rows, strict=True):

@@ -271,7 +271,7 @@ class Sampler:
 
     def _settled(self, group: str) -> list[Sample]:
         samples = self._of_group(group)
-        return [sample for sample in samples if not (sample.throttled or sample.unsettled)] or samples
+        return [sample for sample in samples if not sample.foul] or samples
 
     def _width(self, cell: Cell) -> float:
         known = self.estimate(cell.name)
@@ -318,7 +318,7 @@ class Sampler:
             self._limits[name] = disturbance_limit(self._of_group(name))
         for sample in taken:
             group = self.cells[sample.cell].group
-            if sample.throttled or sample.unsettled:  # the whole device, and for a while: others come first
+            if sample.foul:  # the whole device, and for a while: others come first
                 self._queues[group].append(sample.cell)
             elif is_disturbed(sample, self._limits[group]):
                 self._queues[group].appendleft(sample.cell)

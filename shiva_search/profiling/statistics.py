@@ -60,7 +60,7 @@ def disturbance_limit(samples: Sequence[Sample]) -> float:
 
 def is_disturbed(sample: Sample, limit: float) -> bool:
     """Whether something happened around a sample that its references noticed, or that the device told."""
-    return sample.throttled or sample.unsettled or abs(math.log(sample.after_ms / sample.before_ms)) > limit
+    return sample.foul or abs(math.log(sample.after_ms / sample.before_ms)) > limit
 
 
 def log_ratio(sample: Sample) -> float:
@@ -85,7 +85,7 @@ def estimate(samples: Sequence[Sample], limit: float, seed: int = 0, quick: bool
         clean = list(samples)
         told = [name for name in ("throttled", "unsettled") if any(getattr(sample, name) for sample in samples)]
         flags.append(told[0] if told else "no clean sample")
-    elif len(clean) < 2 / 3 * sum(not (sample.throttled or sample.unsettled) for sample in samples):
+    elif len(clean) < 2 / 3 * sum(not sample.foul for sample in samples):
         flags.append("disturbed")
     logs = np.array([log_ratio(sample) for sample in clean])
     centre, low, high = (winsorised_interval if quick else trimmed_interval)(logs, seed)

@@ -124,6 +124,11 @@ class Sample:
     throttled: bool = False
     unsettled: bool = False
 
+    @property
+    def foul(self) -> bool:
+        """Whether the device itself told that it was disturbed."""
+        return self.throttled or self.unsettled
+
 
 @dataclass(frozen=True)
 class Profile:
