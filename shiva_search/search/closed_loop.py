@@ -22,7 +22,8 @@ from shiva_search.search.knapsack import cheapest, said
 MOST_ROUNDS, SPEND_ROUNDS = 8, 3
 #: Slack below this share of the limit is not worth another measurement.
 SLACK = 0.01
-#: Aimed for below the limit, so that a fresh measurement holds it as well; and what each failed round adds.
+#: Aimed for below the limit, so that a fresh measurement holds it as well; and what each failed round adds, but for the
+#: first: it tells of the prediction, which is corrected, not of the clock.
 _MARGIN, _TIGHTER = 0.002, 0.005
 
 
@@ -179,7 +180,7 @@ def _rescaled(
         if metric not in space.limits or metric == "mean_keep":  # what is counted is not off
             continue
         predicted_use = float(space.total(metric, plan_P[None])[0]) / space.limits[metric]
-        scale[metric] = predicted_use / max(measured_use, 1e-9) * (1 - _MARGIN - _TIGHTER * failures)
+        scale[metric] = predicted_use / max(measured_use, 1e-9) * (1 - _MARGIN - _TIGHTER * max(0, failures - 1))
     return scale
 
 
