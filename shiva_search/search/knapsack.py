@@ -6,8 +6,11 @@ proven gap; or the floor and the limit that binds. Legend: P positions, C choice
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -226,13 +229,14 @@ def _solve_once(space: Space, errors_PC: Floats, time_limit_s: float, margin: fl
         limits.append((room + allowance) * scale)
     if lines:
         constraints.append(LinearConstraint(vstack(lines, format="csr"), -np.inf, np.array(limits)))
-    result = milp(
-        relative / span * _SCALE,
-        integrality=np.ones(count, dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0, "time_limit": time_limit_s},
-    )
+    with _printing_to_stderr():
+        result = milp(
+            relative / span * _SCALE,
+            integrality=np.ones(count, dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0, "time_limit": time_limit_s},
+        )
     if result.status == 2:
         return None
     if result.x is None:
@@ -279,3 +283,26 @@ def _least_memory(space: Space) -> Ints | None:
         else:
             high, best = middle - 1, found.plan_P
     return best
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Sends what C code prints to stderr: stdout is for answers, and HiGHS prints lines even if silenced.
+
+    See https://github.com/jump-dev/HiGHS.jl/issues/312.
+    """
+    flush = ctypes.CDLL(None).fflush
+    try:
+        os.fstat(2)
+        stdout = os.dup(1)
+    except OSError:  # one of them is closed
+        yield
+        return
+    try:
+        flush(None)
+        os.dup2(2, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)

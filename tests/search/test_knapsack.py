@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from shiva_search.errors import InfeasibleBudgetError, InputError, UnavailableError
 from shiva_search.records.budget import Budget, option_name
+from shiva_search.search import knapsack
 from shiva_search.search.candidates import Space, build_space
 from shiva_search.search.knapsack import cheapest, explain, floor, solve, solve_front
 
@@ -87,6 +89,21 @@ def test_the_first_layer_is_dense_in_every_segment(model, cost) -> None:
     solution = solve(space, np.random.default_rng(0).uniform(size=space.kept.shape))
     assert [row[0] for row in space.rows(solution.plan_P)] == [64, 64, 64]
     assert len(space.rows(solution.plan_P)) == 3
+
+
+def test_what_the_solver_prints_is_kept_from_stdout(model, cost, monkeypatch, capfd) -> None:
+    libc, milp = ctypes.CDLL(None), knapsack.milp
+
+    def chatty(*args, **kwargs):
+        libc.printf(b"tmpSolver.run();\n")
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr(knapsack, "milp", chatty)
+    space = build_space(model, cost, Budget(shares={"latency_ms": 0.6}))
+    solve(space, np.ones(space.kept.shape))
+    print("the answer", flush=True)
+    libc.fflush(None)
+    assert capfd.readouterr() == ("the answer\n", "tmpSolver.run();\n")
 
 
 def test_57_layers_of_32_choices_are_solved_to_optimality(make_cost) -> None:
