@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.budgets import _begun, feasible_budgets, infeasible_budgets, refusal, summary_of
+from benchmarks.budgets import feasible_budgets, infeasible_budgets, refusal, summary_of
+from benchmarks.state import begun, keep
 from shiva_search.errors import InputError
 from shiva_search.records.budget import Budget
 from shiva_search.search import check_budget
@@ -40,11 +41,12 @@ def test_runs_that_return_no_plan_count_as_tried_alone() -> None:
     assert summary["median_slack"] == 0.02 and summary["most_used"] == 1.01
 
 
-def test_a_state_file_goes_on_with_the_same_question_only(tmp_path) -> None:
+def test_a_state_file_goes_on_with_the_same_question_only(tmp_path, capsys) -> None:
     state = tmp_path / "state.jsonl"
-    assert _begun(state, {"count": 2}) == []
-    with state.open("a") as file:
-        file.write(json.dumps({"index": 0}) + "\n")
-    assert _begun(state, {"count": 2}) == [{"index": 0}]
+    assert begun(state, {"count": 2}) == []
+    keep(state, {"index": 0})
+    assert begun(state, {"count": 2}) == [{"index": 0}]
+    assert json.loads(capsys.readouterr().out) == {"index": 0}
     with pytest.raises(InputError, match="name another file"):
-        _begun(state, {"count": 3})
+        begun(state, {"count": 3})
+    assert begun(None, {"count": 2}) == []
