@@ -11,7 +11,7 @@ import os
 import platform
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,10 @@ def ahead_of_others(proc: Path = Path("/proc")) -> Iterator[None]:
     RLIMIT_NICE allow it; for others nothing changes. Processes of other control groups are not affected.
     """
     usual = os.getpriority(os.PRIO_PROCESS, 0)
-    before = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in _threads(proc)}
+    before: dict[int, int] = {}
+    for thread in _threads(proc):
+        with suppress(ProcessLookupError):  # ended since
+            before[thread] = os.getpriority(os.PRIO_PROCESS, thread)
     try:
         for thread in before:
             # What is allowed to whom is not root: see setrlimit(2).

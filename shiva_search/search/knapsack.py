@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shiva_search.errors import InfeasibleBudgetError, ShivaError
 from shiva_search.records.budget import option_name
 from shiva_search.search.candidates import Floats, Ints, Space
 
+_ONE_AT_A_TIME = threading.Lock()  # stdout is the whole process's
 #: metric -> (what to call it, unit)
 _SAID = {
     "latency_ms": ("latency", "ms"),
@@ -229,7 +231,7 @@ def _solve_once(space: Space, errors_PC: Floats, time_limit_s: float, margin: fl
         limits.append((room + allowance) * scale)
     if lines:
         constraints.append(LinearConstraint(vstack(lines, format="csr"), -np.inf, np.array(limits)))
-    with _printing_to_stderr():
+    with _ONE_AT_A_TIME, _printing_to_stderr():
         result = milp(
             relative / span * _SCALE,
             integrality=np.ones(count, dtype=np.int64),
