@@ -3,7 +3,11 @@
 Work is counted in forward passes of the dense model over the calibration batch, sensitivities included; a pruned plan
 counts by its predicted latency. Baselines get the same candidates and constraints and judge every plan they propose.
 
+Layers choose token counts alone, at costs that go by operations; or, with --profile, at the measured costs of a profile
+all that `shiva-search optimize` lets them choose: counts, ranks of the bypasses that ship with the model, attention.
+
     python -m benchmarks.search [--model random-24] [--forwards 1000] [--seeds 5] [--state search.jsonl]
+    python -m benchmarks.search --model fashion-dit --profile profiles/cpu/fashion-dit
 
 It takes hours. With --state, each model, budget and seed that is done is kept there, a JSON line each, and the same
 command goes on from there.
@@ -23,6 +27,7 @@ import numpy as np
 import optuna
 import torch
 
+import shiva_search as ss
 from benchmarks.state import begun, keep
 from shiva_search.models.catalog import load_model
 from shiva_search.models.families import family_of
@@ -30,14 +35,16 @@ from shiva_search.models.model import Model
 from shiva_search.records.budget import Budget
 from shiva_search.records.cost import CostEstimate
 from shiva_search.records.plan import Plan
-from shiva_search.search.candidates import PlanCost, Space, build_space
+from shiva_search.runtime.scorers import TokenScorer
+from shiva_search.search.candidates import PlanCost, Rows, Space, build_space
 from shiva_search.search.fidelity import FidelityEvaluator
 from shiva_search.search.knapsack import solve
 from shiva_search.search.samplers import make_sampler
-from shiva_search.search.sensitivity import measure_effects
+from shiva_search.search.sensitivity import Effects, measure_effects, reduced
 from shiva_search.search.starting import enqueue_start, evaluator_for
 from shiva_search.search.study import PlanStudy
 from shiva_search.search.trade_sampler import distributions, from_params
+from shiva_search.search.variants import variants_of
 
 Curve = list[tuple[float, float]]
 BASELINES = ("tpe", "nsga2", "gp", "random")
@@ -110,9 +117,37 @@ def open_model(name: str) -> Model:
     return load_model(name)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A model, what its plans cost, what ranks its tokens, and what its layers may do."""
+
+    model: Model
+    cost: PlanCost
+    scorer: TokenScorer | str
+    variants: list[list[tuple[str, int]]]
+
+    @classmethod
+    def of(cls, name: str, profile: Path | None) -> Problem:
+        """Token counts alone, unless there is a profile."""
+        model = open_model(name)
+        if profile is not None:
+            bank, measured = ss.fit_bypasses(model), ss.fit_cost_model(profile)
+            return cls(model, measured, bank, variants_of(model, measured, bank))
+        width = int(model.config["num_attention_heads"]) * int(model.config["attention_head_dim"])
+        return cls(model, AnalyticCost(model.tokens, model.layer_count, width), "stride", [])
+
+    def space(self, share: float) -> Space:
+        """The plans within a share of the dense latency, and all others."""
+        return build_space(self.model, self.cost, Budget(shares={"latency_ms": share}), variants=self.variants)
+
+    def evaluator(self, space: Space, seed: int, samples: int, chunk: int) -> FidelityEvaluator:
+        """Judges plans on the calibration inputs of a seed."""
+        return evaluator_for(self.model, self.scorer, space, seed, samples, chunk)
+
+
 def ours(space: Space, evaluator: FidelityEvaluator, seed: int, forwards: float, sampler: str = "trade") -> Curve:
     """Best complete, feasible error over work."""
-    effects = measure_effects(evaluator, space)
+    space, effects = reduced(space, measure_effects(evaluator, space))
     study = optuna.create_study(directions=["minimize", "minimize"])
     plans = PlanStudy(study, space, effects, evaluator, {"seed": seed, "sampler": sampler, "trials": 10**6})
     enqueue_start(plans, solve(space, effects.errors_PC).plan_P, trials=0)
@@ -125,7 +160,20 @@ def ours(space: Space, evaluator: FidelityEvaluator, seed: int, forwards: float,
     return curve
 
 
-def baseline(name: str, space: Space, evaluator: FidelityEvaluator, seed: int, forwards: float, most: int) -> Curve:
+class InFull:
+    """Errors of plans over the whole batch, in one chunk. What was judged once is known to all baselines of a seed."""
+
+    def __init__(self, evaluator: FidelityEvaluator) -> None:
+        self._evaluator = evaluator
+        self._known: dict[Rows, float] = {}
+
+    def __call__(self, rows: Rows) -> float:
+        if rows not in self._known:
+            self._known[rows] = self._evaluator.judge(rows).error
+        return self._known[rows]
+
+
+def baseline(name: str, space: Space, error_of: InFull, seed: int, forwards: float, most: int) -> Curve:
     """A sampler of Optuna on the error alone, with the limits as constraints; every proposal is judged in full."""
     dense = float(space.total("latency_ms", space.dense[None])[0])
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -138,7 +186,7 @@ def baseline(name: str, space: Space, evaluator: FidelityEvaluator, seed: int, f
         excess = {key: float(value[0]) for key, value in space.excess(plan_P[None]).items()}
         for key, value in excess.items():
             trial.set_constraint(key, value)
-        error = evaluator.judge(space.rows(plan_P)).error
+        error = error_of(space.rows(plan_P))
         study.tell(trial, error)
         work += float(space.total("latency_ms", plan_P[None])[0]) / dense
         if all(value <= 0 for value in excess.values()) and error < best:
@@ -151,8 +199,6 @@ def baseline(name: str, space: Space, evaluator: FidelityEvaluator, seed: int, f
 
 def measure_nothing(space: Space) -> Any:
     """Effects for samplers that do not look at them."""
-    from shiva_search.search.sensitivity import Effects
-
     return Effects.separable(np.zeros(space.kept.shape))
 
 
@@ -174,33 +220,33 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "--baselines", nargs="*", default=list(BASELINES), choices=["tpe", "nsga2", "nsga3", "gp", "random"]
     )
     parser.add_argument("--gp-trials", type=int, default=300, help="the Gaussian process takes minutes beyond that")
-    parser.add_argument("--scorer", default="stride")
+    parser.add_argument("--profile", type=Path, help="folder of measured costs; layers may then do all they can")
     parser.add_argument("--state", type=Path, help="where to keep what is done, and to go on from")
     options = parser.parse_args(arguments)
 
     asked = {name: getattr(options, name) for name in ("samples", "chunk", "forwards", "ours_forwards", "gp_trials")}
-    asked |= {"scorer": options.scorer, "baselines": options.baselines}
+    asked |= {"profile": None if options.profile is None else options.profile.name, "baselines": options.baselines}
     before = begun(options.state, asked)
     known = {(row["model"], row["budget"], row["seed"]): row for row in before}
     rows = []
     for name in options.model:
-        model = open_model(name)
-        width = int(model.config["num_attention_heads"]) * int(model.config["attention_head_dim"])
-        cost: PlanCost = AnalyticCost(model.tokens, model.layer_count, width)
-        for share in options.budgets:
-            space = build_space(model, cost, Budget(shares={"latency_ms": share}))
-            for seed in range(options.seeds):
+        problem = Problem.of(name, options.profile)
+        spaces = {share: problem.space(share) for share in options.budgets}
+        for seed in range(options.seeds):
+            in_full: InFull | None = None
+            for share, space in spaces.items():
                 if (name, share, seed) in known:
                     rows.append(known[name, share, seed])
                     continue
                 started = time.process_time()
-                evaluator = evaluator_for(model, options.scorer, space, seed, options.samples, options.chunk)
+                evaluator = problem.evaluator(space, seed, options.samples, options.chunk)
+                in_full = in_full or InFull(problem.evaluator(space, seed, options.samples, options.samples))
                 curves = {"ours": ours(space, evaluator, seed, options.ours_forwards)}
                 spent = {"ours": time.process_time() - started}
                 for other in options.baselines:
                     started = time.process_time()
                     most = options.gp_trials if other == "gp" else 10**6
-                    curves[other] = baseline(other, space, evaluator, seed, options.forwards, most)
+                    curves[other] = baseline(other, space, in_full, seed, options.forwards, most)
                     spent[other] = time.process_time() - started
                 row = {
                     "model": name,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from shiva_search.cost.cost_model import CostModel, fit_cost_model
+from shiva_search.cost.cost_model import CostModel
+from shiva_search.cost.cost_model import fit_cost_model as _fit_cost_model
 from shiva_search.errors import InputError
 from shiva_search.models.catalog import load_model
 from shiva_search.models.families import family_of
@@ -92,6 +93,18 @@ def profile(
         scorer=_untrained(model, bypass),
         progress=progress,
     )
+
+
+def fit_cost_model(profile: Profile | str | Path) -> CostModel:
+    """Fit what plans cost; `held_out` of the result says how far off it is on plans it was not fit on.
+
+    Args:
+        profile: from `profile` or `load_profile`, or the folder of one.
+
+    Raises:
+        InputError: no profile there, or a signature of the model is missing in it.
+    """
+    return _fit_cost_model(profile if isinstance(profile, Profile) else load_profile(Path(profile)))
 
 
 def search(

@@ -111,7 +111,9 @@ def profile(
     compile: CompileOption = None,
     cuda_graph: CudaGraphOption = None,
     threads: ThreadsOption = None,
-    seconds: Annotated[float, typer.Option(help="Time to spend measuring.", min=1)] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time to spend measuring; more where every block once takes longer.", min=1)
+    ] = 60.0,
     bypass: BypassOption = "affine",
     bypass_rank: BypassRankOption = None,
     out: Annotated[
@@ -168,7 +170,9 @@ def optimize(
         int | None, typer.Option(help="Steps of router warm-up [kept from before, or 180].", min=0)
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Use this recorded profile.")] = None,
-    profile_seconds: Annotated[float, typer.Option(help="Time to spend profiling.", min=1)] = 60.0,
+    profile_seconds: Annotated[
+        float, typer.Option(help="Time to spend profiling; more where every block once takes longer.", min=1)
+    ] = 60.0,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL; other workers can join.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder [reports/<model>-<budget>, and the workload that was asked for].")
@@ -363,7 +367,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()) if hasattr(error, "format_message") else str(error)
-        _say(f"error: {message}; `shiva-search --help` shows the usage")
+        context = getattr(error, "ctx", None)
+        command = f" {context.info_name}" if context is not None and context.parent is not None else ""
+        _say(f"error: {message}; `shiva-search{command} --help` shows the usage")
         sys.exit(2)
     except ShivaError as error:
         if verbose:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shiva_search.errors import UnavailableError
+from shiva_search.errors import InputError, UnavailableError
 from shiva_search.models.model import Model
 from shiva_search.models.reference.evaluation import sample, velocity_of
 from shiva_search.records.files import read_json
@@ -68,10 +68,13 @@ def generate_pairs(
         prompts: for pipelines of text; they take turns.
 
     Raises:
+        InputError: prompts for a model that draws classes.
         UnavailableError: the model did not come with a pipeline that draws images.
     """
     config = model.config
     if config.get("sample_size") == 28 and config.get("in_channels") == 1:
+        if prompts:
+            raise _draws_classes(model.name)
         scale = _FASHION_GUIDANCE if guidance_scale is None else guidance_scale
         draw, titles = _fashion(model, count, steps, scale, seed)
         guidance: bool | None = scale != 1.0
@@ -83,6 +86,10 @@ def generate_pairs(
         planned = draw()
     difference = float((dense - planned).square().mean())
     return Pairs(dense, planned, titles, {"mean_squared_difference": difference})
+
+
+def _draws_classes(name: str) -> InputError:
+    return InputError(f"{name} draws classes and reads no prompt; leave out --prompt")
 
 
 def _fashion(
@@ -119,6 +126,8 @@ def _by_pipeline(
         asked: list[dict[str, Any]] = [{"prompt": text} for text in prompts or PROMPTS]
         names = [shorten(text, 30, placeholder="...") for text in prompts or PROMPTS]
     elif "class_labels" in known:
+        if prompts:
+            raise _draws_classes(model.name)
         asked, names = [{"class_labels": [label]} for label in LABELS], [f"class {label}" for label in LABELS]
     else:
         raise UnavailableError(f"generate asks by prompt or by class, and {type(pipeline).__name__} takes neither")

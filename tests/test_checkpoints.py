@@ -68,6 +68,9 @@ def test_train_measure_and_generate_go_on_with_it(
     summary = json.loads(capsys.readouterr().out)
     assert 0 < summary["mean_squared_difference"] < 4
     assert imread(summary["images"]).std() > 0.05
+    if name == "dit":
+        assert call("generate", str(path), "--prompt", "a red car") == 2
+        assert "reads no prompt" in capsys.readouterr().err
 
 
 def test_a_plan_that_keeps_all_draws_the_dense_images(run: tuple[str, Path, Path]) -> None:

@@ -38,9 +38,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (["optimize", "--batch", "3", "--max-latency", "50ms"], 2, "even"),
         (["optimize", "--trials", "many", "--max-latency", "50ms"], 2, "--trials"),
         (["measure", "no/such/run"], 2, "no/such/run"),
-        (["report", "no/such/run"], 2, "no/such/run"),
+        (["report", "no/such/run"], 2, "shiva-search optimize --max-latency 60% --out no/such/run"),
         (["frobnicate"], 2, "frobnicate"),
         (["train"], 2, "RUN"),
+        (["profile", "--nonsense"], 2, "`shiva-search profile --help`"),
+        (["nonsense"], 2, "`shiva-search --help`"),
     ],
 )
 def test_bad_input_is_one_line_and_the_right_code(

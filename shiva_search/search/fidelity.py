@@ -166,25 +166,31 @@ class FidelityEvaluator:
         scale = (len(self.batch) / (self._probe_samples * self.energy)) ** 0.5
         return Judged(error, len(seen_m), estimate is None, seen_m, sketch * scale)
 
-    def probe_row(self, segment: int, rows: Sequence[Row]) -> tuple[Floats, Floats]:
+    def probe_row(
+        self, segment: int, rows: Sequence[Row], told: Callable[[float], None] | None = None
+    ) -> tuple[Floats, Floats]:
         """Error and sketch of rows in one segment, on the probe chunks alone, in units of the whole batch's NMSE.
 
         Chunk by chunk, so that one dense pass feeds all rows that share its prefix.
+
+        Args:
+            told: the share that is done, after each row of each chunk.
 
         Returns:
             errors [R], sketches [R, S].
         """
         errors, sketches = np.zeros(len(rows)), np.zeros((len(rows), self.sketch_size))
         with torch.no_grad(), self._applied() as controller:
-            for index in range(self._probe_chunks):
-                if self._chunks[index].segment != segment:
-                    continue
+            chunks = [index for index in range(self._probe_chunks) if self._chunks[index].segment == segment]
+            for turn, index in enumerate(chunks):
                 self._run(controller, index, self._dense_row)
                 for row_index, row in enumerate(rows):
                     squared_b, part = self._run(controller, index, row)
                     errors[row_index] += float(squared_b.double().sum())
                     assert part is not None
                     sketches[row_index] += part
+                    if told is not None:
+                        told((turn + (row_index + 1) / len(rows)) / len(chunks))
         scale = len(self.batch) / (self._probe_samples * self.energy)
         return errors * scale, sketches * scale**0.5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import optuna
@@ -15,7 +16,7 @@ from shiva_search.runtime.scorers import TokenScorer
 from shiva_search.search.identity import scorer_identity
 from shiva_search.search.shared_problem import read_problem
 from shiva_search.search.starting import evaluator_for
-from shiva_search.search.storages import database_errors, open_storage
+from shiva_search.search.storages import database_errors, is_there, open_storage
 from shiva_search.search.study import PlanStudy
 
 
@@ -48,22 +49,7 @@ def join_study(
         UnavailableError: no such study, or not prepared in time.
         InputError: another model or scorer than the study's.
     """
-    opened = open_storage(storage)
-    assert opened is not None  # None only where no storage is named
-    until = time.monotonic() + wait_s
-    while True:
-        try:
-            study: optuna.Study | None = optuna.load_study(study_name=study_name, storage=opened)
-        except KeyError:
-            study = None
-        known = None if study is None else read_problem(study)
-        if study is not None and known is not None:
-            break
-        if time.monotonic() > until:
-            state = "is not prepared yet" if study is not None else "does not exist"
-            raise UnavailableError(f"study {study_name!r} {state} in this storage; start the search first")
-        time.sleep(min(1.0, wait_s))
-    space, effects, settings = known
+    study, (space, effects, settings) = _prepared(storage, study_name, wait_s, progress or (lambda line: None))
     differing = [
         name
         for name in ("architecture", "config_hash", "layers", "tokens", "weights_hash")
@@ -82,3 +68,33 @@ def join_study(
     before = len(plans.records())
     plans.run(settings["trials"], trials)
     return len(plans.records()) - before
+
+
+def _prepared(
+    storage: str | BaseStorage, study_name: str, wait_s: float, say: Callable[[str], None]
+) -> tuple[optuna.Study, Any]:
+    """The study and its problem, waited for: the search may just be preparing them.
+
+    Raises:
+        UnavailableError: not there, or not prepared, in time.
+    """
+    until, opened, told = time.monotonic() + wait_s, None, False
+    while True:
+        if opened is None and is_there(storage):
+            opened = open_storage(storage)
+        state = f"there is no {storage}"
+        if opened is not None:
+            try:
+                study = optuna.load_study(study_name=study_name, storage=opened)
+                known = read_problem(study)
+                if known is not None:
+                    return study, known
+                state = f"study {study_name!r} is not prepared yet in this storage"
+            except KeyError:
+                state = f"study {study_name!r} does not exist in this storage"
+        if time.monotonic() > until:
+            raise UnavailableError(f"{state}; start the search first, and name its storage and study as it says them")
+        if not told:
+            say(f"{state}; waiting {wait_s:.0f} s for it")
+            told = True
+        time.sleep(min(1.0, wait_s))

@@ -10,6 +10,7 @@ Legend: P positions, C choices, S sketch entries.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def measure_effects(
         evaluator: its segments are those of the space.
         space: positions and choices.
         shares: where to measure.
-        progress: told once per segment.
+        progress: told once per segment, and every ten seconds how much is left.
     """
     width = space.kept.shape[1]
     errors = np.zeros((space.positions, width))
@@ -103,7 +104,8 @@ def measure_effects(
                 row[layer] = space.choices[layer][knot]
                 jobs.append((segment * space.layers + layer, knot, tuple(row)))
         # Late layers last, so that a job finds the dense prefix it starts from fresh.
-        found_R, sketches_RS = evaluator.probe_row(segment, [row for _, _, row in jobs])
+        told = None if progress is None else _Pace(progress, f"sensitivities: {len(jobs)} prunings of single layers")
+        found_R, sketches_RS = evaluator.probe_row(segment, [row for _, _, row in jobs], told)
         for (position, knot, _), error, sketch in zip(jobs, found_R, sketches_RS, strict=True):
             errors[position, knot] = error
             vectors[position, knot] = _resized(sketch, error)
@@ -112,6 +114,21 @@ def measure_effects(
     for position in range(space.positions):
         _interpolate(space, position, measured[position], errors, vectors)
     return Effects(errors, vectors, tuple(measured))
+
+
+class _Pace:
+    """Says every ten seconds how much of a pass is done, and what is left if it goes on at this pace."""
+
+    def __init__(self, say: Callable[[str], None], what: str) -> None:
+        self._say, self._what = say, what
+        self._began_s = self._told_s = time.monotonic()
+
+    def __call__(self, done: float) -> None:
+        now_s = time.monotonic()
+        if done < 1 and now_s - self._told_s >= 10.0:
+            self._told_s = now_s
+            left_s = (now_s - self._began_s) * (1 - done) / done
+            self._say(f"{self._what}, {done:.0%} done, {left_s:.0f} s left")
 
 
 def _interpolate(space: Space, position: int, knots: Sequence[int], errors: Floats, vectors: Floats) -> None:

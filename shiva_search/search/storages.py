@@ -42,7 +42,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage | None:
         if scheme:
             with quiet():
                 return _database(_with_driver(storage))
-        path = storage.removeprefix("journal:")
+        path = _journal_path(storage)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         return JournalStorage(JournalFileBackend(path))
     except ImportError as error:
@@ -52,6 +52,15 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage | None:
     except Exception as error:  # every database driver has its own family of errors
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnavailableError(f"cannot open storage {storage!r}: {first}; check that the database is up") from error
+
+
+def is_there(storage: str | BaseStorage) -> bool:
+    """False for a journal file that nobody has made yet; what a database holds shows only when it is opened."""
+    return isinstance(storage, BaseStorage) or "://" in storage or os.path.isfile(_journal_path(storage))
+
+
+def _journal_path(storage: str) -> str:
+    return storage.removeprefix("journal:")
 
 
 class _Database(RDBStorage):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Seconds of the quick check of a profile that was taken earlier, at most.
 CHECK_SECONDS = 6.0
+#: Median error on held-out plans beyond which a cost model is said to be vague.
+VAGUE = 0.05
 
 
 def profile_command(
@@ -122,6 +124,7 @@ def take_profile(
     profile.save(folder)
     cost = fit_cost_model(profile)
     cost.save(folder)
+    _warn_if_vague(cost, progress)
     return Costs(cost if level.rows == profile.rows else fit_cost_model(level), figures)
 
 
@@ -145,8 +148,10 @@ def use_profile(
             f"the profile in {folder} was interrupted; finish it with `shiva-search profile --out {folder}`"
         )
     check_same(profile, model, None if _is_recording(device) else device, f"the profile in {folder}")
+    cost = fit_cost_model(profile)
+    _warn_if_vague(cost, progress)
     if _is_recording(device):
-        return Costs(fit_cost_model(profile))
+        return Costs(cost)
     anew = f"`shiva-search profile --no-resume --out {folder}`"
     drift = _checked(model, device, profile, scorer, CHECK_SECONDS, progress, clock, anew)
     if drift.verdict == "profile again":
@@ -155,6 +160,16 @@ def use_profile(
             f"profile with {anew}, or leave out --profile"
         )
     return Costs(fit_cost_model(drift.profile), _figures(drift, otherwise="predictions may miss"))
+
+
+def _warn_if_vague(cost: CostModel, progress: Progress) -> None:
+    """One line where plans are predicted so badly that a search on them would lose its way."""
+    off = cost.held_out.get("median_error")
+    if off is not None and off > VAGUE:
+        progress(
+            f"warning: predictions are off by {off:.0%} (median over held-out plans), as the profile was too short or "
+            "the device busy; take a longer one while nothing else runs (`profile --no-resume --seconds ...`)"
+        )
 
 
 def _checked(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shiva_search.devices import check_sensors
-from shiva_search.errors import InputError
 from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.files import read_json, write_json
 from shiva_search.reporting import tables
@@ -16,7 +15,7 @@ from shiva_search.selection.router import Router
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.images import draw_samples
 from shiva_search.workflow.outcome import EVALUATION_SAMPLES, answer_of, write_outcome
-from shiva_search.workflow.runs import open_run
+from shiva_search.workflow.runs import check_is_run, open_run
 from shiva_search.workflow.selectors import tuned_selector
 
 
@@ -65,8 +64,7 @@ def measure_command(path: Path, *, device: str | None, seconds: float, seed: int
 
 def report_command(path: Path) -> Answer:
     """`shiva-search report RUN`: rebuild tables, plots and page from files."""
-    if not path.is_dir():
-        raise InputError(f"a run is a folder, {path} is none; make one with `shiva-search optimize --out {path}`")
+    check_is_run(path)
     files = build_report(path)
     return Answer({"files": [str(file) for file in files]}, lambda: "\n".join(map(str, files)))
 

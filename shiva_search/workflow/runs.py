@@ -61,15 +61,24 @@ def open_run(path: Path, device_name: str | None = None) -> OpenRun:
     return OpenRun(folder, settings, model, device, plan)
 
 
+def check_is_run(path: Path) -> None:
+    """Refuse a path that is no folder.
+
+    Raises:
+        InputError: names the command that makes one.
+    """
+    if not path.is_dir():
+        make = f"shiva-search optimize --max-latency 60% --out {path}"
+        raise InputError(f"a run is a folder, {path} is none; make one with, for example, `{make}`")
+
+
 def settings_of(folder: RunFolder) -> Settings:
     """How a run was made.
 
     Raises:
         InputError: no run there.
     """
-    path = folder.path
-    if not path.is_dir():
-        raise InputError(f"a run is a folder, {path} is none; make one with `shiva-search optimize --out {path}`")
+    check_is_run(folder.path)
     stored = read_json(folder.settings, "run")
     try:
         return Settings(**stored["settings"])

@@ -298,6 +298,14 @@ def test_a_worker_with_another_model_or_scorer_is_refused(model, make_model, cos
         join_study(storage, "t", model, wait_s=0.0)
 
 
+def test_a_worker_waits_for_a_journal_that_is_not_there_and_makes_none(model, tmp_path) -> None:
+    said: list[str] = []
+    with pytest.raises(UnavailableError, match="there is no journal:.*mistyped"):
+        join_study(f"journal:{tmp_path}/mistyped", "s", model, wait_s=0.1, progress=said.append)
+    assert len(said) == 1 and "waiting" in said[0]
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors_of_workers_and_owner_agree(model, cost, tmp_path) -> None:
     """The batch is drawn from the study's settings, so that errors of different processes can be compared."""
     storage = f"{tmp_path}/j"

@@ -45,7 +45,7 @@ def machine(speed: float = 1.0, **options: int) -> VirtualDevice:
     return VirtualDevice(1, lambda now_s: speed, noise=0.02, **options)
 
 
-def take(model: Model, device: VirtualDevice, folder: Path, say: Callable[[str], None] = print, **more: bool) -> Costs:
+def take(model: Model, device: VirtualDevice, folder: Path, say: Callable[[str], None] = print, **more: float) -> Costs:
     options = {"seconds": SECONDS, "seed": 0, "resume": True, "scorer": Router.for_model(model, seed=0), **more}
     return take_profile(model, device, folder, progress=say, clock=device.clock, **options)  # type: ignore[arg-type]
 
@@ -137,6 +137,19 @@ def test_a_named_profile_is_checked_and_its_folder_left_alone(
     [warning] = [line for line in said if line.startswith("warning: ")]
     assert f"shiva-search profile --no-resume --out {folder}" in warning
     assert content(folder) == before
+
+
+def test_predictions_that_are_far_off_are_said_to_be(model: Model, tmp_path: Path) -> None:
+    said: list[str] = []
+    restless = VirtualDevice(1, lambda now_s: 1.0, noise=0.5)
+    costs = take(model, restless, tmp_path / "restless", said.append, seconds=5.0)
+    assert costs.model.held_out["median_error"] > 0.05
+    [warning] = [line for line in said if line.startswith("warning: ")]
+    assert f"off by {costs.model.held_out['median_error']:.0%}" in warning and "--seconds" in warning
+    said.clear()
+    steady = take(model, machine(), tmp_path / "steady", said.append)
+    assert steady.model.held_out["median_error"] < 0.05
+    assert not [line for line in said if line.startswith("warning: ")]
 
 
 def test_a_named_profile_of_another_device_model_or_state_is_refused(model: Model, folder: Path) -> None:
