@@ -29,6 +29,7 @@ from benchmarks.timing import print_result
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.bypass import BypassBank
+from shiva_search.runtime.scorers import History
 from shiva_search.selection import training_gate
 from shiva_search.selection.gates import UpdateGated, gate_update
 from shiva_search.selection.router import Router
@@ -44,11 +45,16 @@ class NotingRouter(Router):
     noted: tuple[torch.Tensor, int]
 
     def forward(
-        self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int, **more: Any
+        self,
+        x_BND: torch.Tensor,
+        t_B: torch.Tensor,
+        condition_BC: torch.Tensor,
+        layer: int,
+        history: History | None = None,
     ) -> torch.Tensor:
         """Scores [B, N]."""
         self.noted = condition_BC.detach(), layer
-        return super().forward(x_BND, t_B, condition_BC, layer, **more)
+        return super().forward(x_BND, t_B, condition_BC, layer, history)
 
 
 class Predicted(UpdateGated):
@@ -123,7 +129,7 @@ def trained(model: Model, bank: BypassBank, way: Way, steps: int, batch_size: in
     router = NotingRouter.for_model(model, seed, **way.shape)
     assert isinstance(router, NotingRouter)
     ours = {name: Predicted(router, bank, robust=name == "robust") for name in ("predicted", "robust")}
-    with patch.dict(training_gate.TRAINING_ESTIMATORS, ours):  # type: ignore[arg-type]
+    with patch.dict(training_gate.TRAINING_ESTIMATORS, ours):
         warm_up(
             model, router=router, steps=steps, batch_size=batch_size, seed=seed, progress=tell,
             estimator=way.estimator, **way.recipe,

@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Find how many tokens each layer of a diffusion transformer may keep within a measured budget.",
 )
 
+_INTERRUPTED = 130
 _WORKLOAD = "Workload"
 _BUDGET = "Budget"
 
@@ -361,10 +362,9 @@ def main(arguments: list[str] | None = None) -> None:
     verbose = any(item in ("-v", "--verbose") for item in arguments)
     arguments = [item for item in arguments if item not in ("-v", "--verbose")]
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
+        code = app(arguments, standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted: progress is kept; run the same command again to continue")
-        sys.exit(130)
+        code = _INTERRUPTED
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()) if hasattr(error, "format_message") else str(error)
         context = getattr(error, "ctx", None)
@@ -376,6 +376,9 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         _say(f"error: {error}")
         sys.exit(error.exit_code)
+    if code == _INTERRUPTED:  # typer turns an interruption into its exit code, without a word
+        _say("interrupted: progress is kept; run the same command again to continue")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,18 @@ def test_bad_input_is_one_line_and_the_right_code(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interruption_says_that_the_same_command_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shiva_search.workflow.devices_command", interrupted)
+    code, out, err = run(capsys, "devices")
+    assert (code, out) == (130, "")
+    assert "run the same command again to continue" in err
+
+
 @pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run"])
 def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(
     capsys: pytest.CaptureFixture[str], folder: str
