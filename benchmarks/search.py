@@ -173,14 +173,19 @@ class InFull:
         return self._known[rows]
 
 
-def baseline(name: str, space: Space, error_of: InFull, seed: int, forwards: float, most: int) -> Curve:
-    """A sampler of Optuna on the error alone, with the limits as constraints; every proposal is judged in full."""
+def baseline(name: str, space: Space, error_of: InFull, seed: int, forwards: float, most_s: float) -> Curve:
+    """A sampler of Optuna on the error alone, with the limits as constraints; every proposal is judged in full.
+
+    Returns:
+        The best error within the limits over work, and last the work there was time for.
+    """
     dense = float(space.total("latency_ms", space.dense[None])[0])
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=make_sampler(name, space, measure_nothing(space), seed))
     work, best, curve = 1.0, np.inf, []
     known = distributions(space)
-    for _ in range(most):
+    until = time.process_time() + most_s
+    while work < forwards and time.process_time() < until:
         trial = study.ask(known)
         plan_P = from_params(space, trial.params)
         excess = {key: float(value[0]) for key, value in space.excess(plan_P[None]).items()}
@@ -192,9 +197,7 @@ def baseline(name: str, space: Space, error_of: InFull, seed: int, forwards: flo
         if all(value <= 0 for value in excess.values()) and error < best:
             best = error
             curve.append((work, best))
-        if work >= forwards:
-            break
-    return curve
+    return [*curve, (work, best)]
 
 
 def measure_nothing(space: Space) -> Any:
@@ -219,12 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--baselines", nargs="*", default=list(BASELINES), choices=["tpe", "nsga2", "nsga3", "gp", "random"]
     )
-    parser.add_argument("--gp-trials", type=int, default=300, help="the Gaussian process takes minutes beyond that")
+    parser.add_argument(
+        "--gp-seconds", type=float, default=60.0, help="of the Gaussian process, which takes seconds for a proposal"
+    )
     parser.add_argument("--profile", type=Path, help="folder of measured costs; layers may then do all they can")
     parser.add_argument("--state", type=Path, help="where to keep what is done, and to go on from")
     options = parser.parse_args(arguments)
 
-    asked = {name: getattr(options, name) for name in ("samples", "chunk", "forwards", "ours_forwards", "gp_trials")}
+    asked = {name: getattr(options, name) for name in ("samples", "chunk", "forwards", "ours_forwards", "gp_seconds")}
     asked |= {"profile": None if options.profile is None else options.profile.name, "baselines": options.baselines}
     before = begun(options.state, asked)
     known = {(row["model"], row["budget"], row["seed"]): row for row in before}
@@ -245,14 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 spent = {"ours": time.process_time() - started}
                 for other in options.baselines:
                     started = time.process_time()
-                    most = options.gp_trials if other == "gp" else 10**6
-                    curves[other] = baseline(other, space, in_full, seed, options.forwards, most)
+                    most_s = options.gp_seconds if other == "gp" else np.inf
+                    curves[other] = baseline(other, space, in_full, seed, options.forwards, most_s)
                     spent[other] = time.process_time() - started
                 row = {
                     "model": name,
                     "budget": share,
                     "seed": seed,
                     "cpu_s": {k: round(v, 1) for k, v in spent.items()},
+                    "forwards": {method: round(curve[-1][0], 1) for method, curve in curves.items() if curve},
                 }
                 for point in (10, 20, 30, 60, 100, 300, 1000):
                     row[f"after_{point}"] = {method: at(curve, point) for method, curve in curves.items()}

@@ -1,4 +1,4 @@
-"""Everything there is to measure of a model, as cells of one sampler. In: a model and a device. Out: a Profile's rows.
+"""Everything there is to measure of a model, as cells of one sampler. In: a model and a device. Out: the sampler.
 
 Cells: each block signature at a grid of tokens kept, selection included; the selection alone; what lies outside the
 blocks; and random plans from end to end, which tell what blocks measured one by one do not.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,12 @@ from shiva_search.profiling.end_to_end import (
     plan_cell,
     random_rows,
 )
-from shiva_search.profiling.flops import ModelFlops
 from shiva_search.profiling.sample_log import SampleLog
 from shiva_search.profiling.sampler import Cell, Group, InTurn, Sampler
-from shiva_search.profiling.staircase import Point, alignment_of, edges, next_counts, token_grid
+from shiva_search.profiling.staircase import Point, alignment_of, next_counts, token_grid
 from shiva_search.profiling.statistics import Estimate
 from shiva_search.records.cost_table import extra_parts
 from shiva_search.records.plan import PLAIN, Kept, Plan, row_as_json
-from shiva_search.records.profile import Forward, Profile, Row, Sample
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.pruned_block import Controller, PrunedBlock
 from shiva_search.runtime.scorers import History, TokenScorer
@@ -42,7 +40,7 @@ BLOCKS, FORWARDS = "blocks", "forwards"
 SHARES = {BLOCKS: 0.4, FORWARDS: 0.6}  # of the time
 _PLANS = 28  # random plans from end to end, time permitting
 _SAMPLES_PER_PLAN = 6
-_ENERGY_POINTS = 4  # counts per signature; power varies little between
+ENERGY_POINTS = 4  # counts per signature; power varies little between
 _ATTEND_POINTS = 6  # counts per signature at which kept tokens also attend to all
 _PROBES = 24  # counts added to locate steps, per signature
 _ENOUGH_TO_JUDGE = 8  # samples of every count of a curve, before steps are looked for; no cell is done with fewer
@@ -183,7 +181,7 @@ class Bench:
             estimates = {key: self.sampler.estimate(key) for key in self._keys(part.signature)}
             if any(found is None or found.samples < _ENOUGH_TO_JUDGE for found in estimates.values()):
                 continue
-            points = self._points(part.signature, estimates)
+            points = self.points(part.signature, estimates)
             wanted = next_counts(points, self.tokens, self.alignment)
             room = _PROBES + len(self.counts) - len(points)
             for k in wanted[: max(0, room)]:
@@ -207,73 +205,11 @@ class Bench:
             if cell.is_plain and key not in self.others and self.clock() < until:
                 self.others[key] = {"peak_memory_mib": self.device.peak_memory_mib(self.sampler.cells[key].run)}
 
-    def assemble(self, header: Profile, flops: ModelFlops, estimates: Mapping[str, Estimate]) -> Profile:
-        """A profile of what is known by now."""
-        level_ms = self.sampler.reference_ms(BLOCKS)
-        if level_ms is None:
-            return header
-        rows = []
-        for key, cell in self.blocks.items():
-            known = estimates.get(key)
-            if cell.selection or known is None:
-                continue
-            selection = estimates.get(replace(cell, selection=True).name)
-            if cell.tokens_kept in (0, self.tokens):
-                selection_ms: float | None = 0.0
-            else:
-                selection_ms = None if selection is None else selection.ratio * level_ms
-            others = self.others.get(key, {})
-            rows.append(
-                Row(
-                    cell.signature,
-                    self.tokens,
-                    cell.tokens_kept,
-                    latency_ms=known.ratio * level_ms,
-                    latency_ms_low=known.low * level_ms,
-                    latency_ms_high=known.high * level_ms,
-                    ratio=known.ratio,
-                    ratio_low=known.low,
-                    ratio_high=known.high,
-                    samples=known.samples,
-                    selection_ms=selection_ms,
-                    energy_j=others.get("energy_j"),
-                    power_w=others.get("power_w"),
-                    peak_memory_mib=others.get("peak_memory_mib"),
-                    gflops=flops.blocks[cell.signature](cell.choice),
-                    flags=known.flags,
-                    bypass_rank=cell.choice.rank,
-                    attend=cell.choice.attend,
-                )
-            )
-        rest = estimates.get("rest")
-        rest_costs: dict[str, float | None] = {"gflops": flops.rest, **self.others.get("rest", {})}
-        if rest is not None:
-            rest_costs |= {
-                "latency_ms": rest.ratio * level_ms,
-                "latency_ms_low": rest.low * level_ms,
-                "latency_ms_high": rest.high * level_ms,
-            }
-        order = list(self.parts)
-        return replace(
-            header,
-            rows=tuple(
-                sorted(
-                    rows,
-                    key=lambda row: (order.index(row.signature), row.variant != PLAIN, row.variant, row.tokens_kept),
-                )
-            ),
-            forwards=self._forwards(estimates),
-            rest=rest_costs,
-            dense={"gflops": flops.dense, **self._dense_latency(), **self.others.get("dense", {})},
-            missing=self._missing(),
-            provenance={**header.provenance, "edges": self._edges(estimates)},
-            samples=self._raw_samples(),
-        )
-
     def _keys(self, signature: str) -> list[str]:
         return [key for key, cell in self.blocks.items() if cell.signature == signature and cell.is_plain]
 
-    def _points(self, signature: str, estimates: Mapping[str, Estimate | None]) -> dict[int, Point]:
+    def points(self, signature: str, estimates: Mapping[str, Estimate | None]) -> dict[int, Point]:
+        """The plain curve of a signature as far as it is known, by tokens kept."""
         points = {}
         for key in self._keys(signature):
             known = estimates.get(key)
@@ -281,12 +217,6 @@ class Bench:
                 # A 95 % interval is about two standard errors to either side.
                 points[self.blocks[key].tokens_kept] = Point(known.ratio, known.half_width * known.ratio / 2)
         return points
-
-    def _edges(self, estimates: Mapping[str, Estimate]) -> dict[str, list[int]]:
-        return {
-            signature: list(edges(self._points(signature, estimates), self.tokens, self.alignment))
-            for signature in self.parts
-        }
 
     def _cells(self, part: Part, k: int, selection: bool = True) -> list[Cell]:
         cells = [self._cell(part, Kept(k))]
@@ -367,54 +297,7 @@ class Bench:
         keys = sorted(self._keys(signature), key=lambda key: self.blocks[key].tokens_kept)
         keys = [key for key in keys if self.blocks[key].tokens_kept >= self.tokens // 10]
         last = len(keys) - 1
-        return list(dict.fromkeys(keys[round(i * last / (_ENERGY_POINTS - 1))] for i in range(_ENERGY_POINTS)))
-
-    def _forwards(self, estimates: Mapping[str, Estimate]) -> tuple[Forward, ...]:
-        level_ms = self.sampler.reference_ms(FORWARDS) if FORWARDS in self.sampler.groups else None
-        found = []
-        for row in self.rows:
-            known = estimates.get(plan_name(row))
-            if known is not None and level_ms is not None:
-                found.append(
-                    Forward(
-                        row,
-                        known.ratio * level_ms,
-                        known.ratio,
-                        known.low,
-                        known.high,
-                        known.samples,
-                        flags=known.flags,
-                    )
-                )
-        return tuple(found)
-
-    def _dense_latency(self) -> dict[str, float | None]:
-        if FORWARDS not in self.sampler.groups:
-            return {}
-        level_ms, interval = self.sampler.reference_ms(FORWARDS), self.sampler.reference_interval_ms(FORWARDS)
-        if level_ms is None or interval is None:
-            return {}
-        return {"latency_ms": level_ms, "latency_ms_low": interval[0], "latency_ms_high": interval[1]}
-
-    def _raw_samples(self) -> tuple[Sample, ...]:
-        found = [sample for samples in self.sampler.samples.values() for sample in samples]
-        return tuple(sorted(found, key=lambda sample: (sample.round, sample.started_s)))
-
-    def _missing(self) -> dict[str, str]:
-        missing = {}
-        reason = energy_reason(self.device)
-        for name in ("energy_j", "power_w"):
-            missing[name] = (
-                reason or f"measured at {_ENERGY_POINTS} counts per signature; power is interpolated between"
-            )
-        if any(costs.get("peak_memory_mib") is not None for costs in self.others.values()):
-            missing["peak_memory_mib"] = "measured at as many counts as time allowed; interpolated between"
-        else:
-            missing["peak_memory_mib"] = f"{self.device.name} does not report an allocator's peak"
-        if is_meta(self.model):
-            missing["forwards"] = "the model was profiled one block at a time and never whole in memory"
-        missing["selection_ms"] = "counts added later to locate a step are measured with the block only"
-        return missing
+        return list(dict.fromkeys(keys[round(i * last / (ENERGY_POINTS - 1))] for i in range(ENERGY_POINTS)))
 
 
 def plan_name(row: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ import torch
 from shiva_search.devices.base import Device
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
+from shiva_search.profiling.assembly import assemble
 from shiva_search.profiling.bench import Bench
 from shiva_search.profiling.conditions import check_place, deployed, is_meta, record_inputs
 from shiva_search.profiling.end_to_end import Progress, summary_of
@@ -100,7 +101,7 @@ def profile_model(
         def on_round(sampler: Sampler) -> None:
             bench.look_for_steps()
             if place is not None and len(sampler.rounds) % _SAVE_EVERY == 1:
-                bench.assemble(header, flops, sampler.finish()).save_estimates(place)
+                assemble(bench, header, flops, sampler.finish()).save_estimates(place)
             if len(sampler.rounds) % _SAVE_EVERY == 1:
                 say(_how_far(sampler, seconds, bench.open_count()))
 
@@ -112,7 +113,7 @@ def profile_model(
             bench.sampler.run(max(0.0, seconds * (1 - share) - spent_s), on_round)
             say("memory and energy")
             bench.other_costs(seconds * share)
-            found = bench.assemble(header, flops, bench.sampler.finish())
+            found = assemble(bench, header, flops, bench.sampler.finish())
         finally:
             remove_plan(model.module)
     provenance = {**found.provenance, "seconds": bench.sampler.elapsed_s, "conditions": summary_of(bench.sampler)}
