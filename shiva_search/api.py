@@ -210,7 +210,12 @@ def load_selector(path: str | Path) -> TrainedSelector:
 
 
 def apply_plan(
-    target: Any, plan: Plan | str | Path, selector: Selector = None, *, guidance: bool | None = None
+    target: Any,
+    plan: Plan | str | Path,
+    selector: Selector = None,
+    *,
+    guidance: bool | None = None,
+    reuse_updates: int = 0,
 ) -> AppliedPlan:
     """Put a plan on a model: for the body of a `with`, until `remove()` of the handle, or for good.
 
@@ -229,6 +234,8 @@ def apply_plan(
             "stride".
         guidance: whether the two halves of a batch share one selection; None: where both hold the same images, as
             pipelines build them for guidance.
+        reuse_updates: a rejected token is moved as its block last moved it, if that was no more than so many steps of
+            the sampler ago; 0: never. Outside of what was measured for the plan: see `make bench-reuse`.
 
     Raises:
         InputError: the plan, or what was trained for it, does not fit the model; names what differs.
@@ -240,7 +247,7 @@ def apply_plan(
     scorer = _scorer_of(plan, selector)
     if selector is None and hasattr(scorer, "check_model"):
         scorer.check_model(model.fingerprint())
-    applied = AppliedPlan(model, plan, scorer, guidance=guidance)
+    applied = AppliedPlan(model, plan, scorer, guidance=guidance, reuse_updates=reuse_updates)
     adapters = beside_plan(plan, ADAPTERS)
     if adapters is not None:
         try:

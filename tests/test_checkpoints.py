@@ -34,8 +34,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = write(here, request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(optimize, "LOOP_SECONDS", 1.0)
-        patch.setattr(optimize, "FINAL_SECONDS", 1.0)
+        patch.setattr(optimize, "MEASURE_SECONDS", 1.0)
         fast = ["--trials", "4", "--train-steps", "2", "--warmup-steps", "2", "--profile-seconds", "2"]
         chosen = ["--model", str(folder), *TEXT[request.param]]
         assert call("optimize", *chosen, "--mean-keep", "60%", "--out", "reports/run", *fast) == 0

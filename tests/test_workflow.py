@@ -26,8 +26,7 @@ FAST = ["--trials", "6", "--train-steps", "2", "--warmup-steps", "2", *PROFILE]
 def short_measurements() -> Iterator[None]:
     """Enough for a small model; on a loaded machine a closed loop may measure a dozen times."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimize, "LOOP_SECONDS", 4.0)
-        patch.setattr(optimize, "FINAL_SECONDS", 6.0)
+        patch.setattr(optimize, "MEASURE_SECONDS", 5.0)
         yield
 
 

@@ -17,6 +17,7 @@ from shiva_search.runtime.compiled import compiled_attend_all, compiled_forwards
 from shiva_search.runtime.graphs import ForwardGraphs
 from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.pruned_block import Controller, Gate, PrunedBlock
+from shiva_search.runtime.reuse import ReusedUpdates
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 
 _MARK = "_shiva_plan"
@@ -33,6 +34,8 @@ class AppliedPlan:
             images, as pipelines build them for guidance.
         gate: training's estimator.
         bypasses: the rejected path by layer; None: the scorer's own, if it has one.
+        reuse_updates: a rejected token is moved as its block last moved it, if that was no more than so many steps of
+            the sampler ago; 0: never. Costs memory and time that no profile has measured.
 
     Raises:
         InputError: the plan does not fit the model (layers, tokens, fingerprint), asks for a bypass that is not there,
@@ -48,6 +51,7 @@ class AppliedPlan:
         guidance: bool | None = None,
         gate: Gate | None = None,
         bypasses: Mapping[int, AffineBypass] | None = None,
+        reuse_updates: int = 0,
     ) -> None:
         if plan.layer_count != model.layer_count or plan.tokens != model.tokens:
             raise InputError(
@@ -65,6 +69,7 @@ class AppliedPlan:
             guidance=bool(guidance),
             gate=gate,
             bypasses=getattr(scorer, "bypasses", {}) if bypasses is None else bypasses,
+            reused=ReusedUpdates(reuse_updates) if reuse_updates else None,
         )
         self._check_rows()
         self._looks_for_halves = guidance is None
@@ -154,6 +159,8 @@ class AppliedPlan:
         place = next(self.model.module.parameters()).device
         if place.type != "cuda":
             raise UnavailableError(f"CUDA graphs need a model on a GPU, this one is on {place}; move it there first")
+        if self.controller.reused is not None:
+            raise InputError("updates of earlier steps are not reused in CUDA graphs; leave out one of the two")
         self.graphs = ForwardGraphs(self.model.module)
         return self
 
@@ -187,6 +194,8 @@ class AppliedPlan:
         controller.t_B = self.model.times(named)
         controller.history = None
         controller.row = self.row_of(controller.t_B)
+        if controller.reused is not None:
+            controller.reused.begin(controller.t_B)
         if not torch.compiler.is_compiling():
             controller.entered.clear()
         if self._looks_for_halves:
@@ -220,6 +229,8 @@ class AppliedPlan:
         for block in self._blocks:
             block.take_off()
             block.stand_in.held.release()
+        if self.controller.reused is not None:
+            self.controller.reused.forget()
         if getattr(self.model.module, _MARK, None) is self:
             object.__delattr__(self.model.module, _MARK)
 

@@ -20,6 +20,7 @@ from shiva_search.models.model import Layer
 from shiva_search.records.plan import Kept
 from shiva_search.runtime.bypass import Accompanied, AffineBypass, BypassBank
 from shiva_search.runtime.places import StandIn
+from shiva_search.runtime.reuse import ReusedUpdates
 from shiva_search.runtime.scorers import History, TokenScorer
 from shiva_search.runtime.step_caches import HeldChoice
 from shiva_search.runtime.token_ops import gather_tokens, scatter_tokens, share_over_guidance, top_k
@@ -67,6 +68,7 @@ class Controller:
         record: layers whose output is wanted; they land in `recorded`.
         resume: start at this point instead of the first layer.
         entered: layers whose block was called in the forward under way; not kept up inside a compiled one.
+        reused: updates of earlier steps, for rejected tokens; None: none are kept.
         observer: called as (layer, x_BND, output tokens [B, N, D], kept_BK or None) after each layer.
     """
 
@@ -84,7 +86,13 @@ class Controller:
     recorded: dict[int, Resume] = field(default_factory=dict)
     resume: Resume | None = None
     entered: set[int] = field(default_factory=set)
+    reused: ReusedUpdates | None = None
     observer: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
+
+    def reuses_at(self, layer: int) -> ReusedUpdates | None:
+        """Where updates of earlier steps are kept for this layer: one that some row prunes but does not skip."""
+        selects = any(0 < row[layer] < self.tokens for row in self.rows)
+        return self.reused if selects and self.gate is None and not torch.is_grad_enabled() else None
 
     @property
     def ranks_by_bypass(self) -> bool:
@@ -211,6 +219,9 @@ class PrunedBlock(StandIn):
                 self.held.find(len(x_BND), int(choice))
                 self.held.hold(len(x_BND), int(choice), None)
             output, kept_BK = forward(**kwargs), None
+            reused = controller.reuses_at(index)
+            if reused is not None:
+                reused.keep(index, x_BND, adapter.unpack(output)[0], None)
         else:
             output, kept_BK = self._pruned(x_BND, choice, forward, kwargs)
         if controller.observer is not None or getattr(controller.scorer, "uses_history", False):
@@ -239,6 +250,9 @@ class PrunedBlock(StandIn):
             hidden_BNQ = bypass.read(x_BND, condition_BC, controller.row, rank)
             if rank:
                 rejected_BND = bypass.move(x_BND, hidden_BNQ, rank, controller.row)
+        reused = controller.reuses_at(index)
+        if reused is not None:
+            rejected_BND = reused.moved(index, x_BND, rejected_BND)
         if not k:
             return adapter.pack(rejected_BND, context), _no_tokens(x_BND)
         if gate is None:
@@ -264,9 +278,11 @@ class PrunedBlock(StandIn):
             # With a bypass, the difference of the two paths is block output minus bypass output.
             other_BKD = gather_tokens(rejected_BND, kept_BK) if rank else x_kept_BKD
             out_BKD = gate.leave(other_BKD, out_BKD, pi_kept_BK)
-        # What the bypass made is ours alone, so the kept rows may be written into it.
-        own = bool(rank) and not torch.is_grad_enabled()
+        # What a bypass made is ours alone, so the kept rows may be written into it.
+        own = rejected_BND is not x_BND and not torch.is_grad_enabled()
         out_BKD = out_BKD.to(rejected_BND.dtype)  # a block may answer in another one under autocast
+        if reused is not None:
+            reused.keep(index, x_BND, out_BKD, kept_BK)
         return adapter.pack(scatter_tokens(rejected_BND, kept_BK, out_BKD, own=own), out_context), kept_BK
 
     def _chosen(

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from shiva_search.devices.base import Device
     from shiva_search.models.model import Model
 
-#: Seconds of interleaved measurement: while the loop closes, and for the final figure.
-LOOP_SECONDS, FINAL_SECONDS = 20.0, 20.0
+#: Seconds of one interleaved measurement: of each round while the loop closes, and for the final figure.
+MEASURE_SECONDS = 20.0
 #: Plans searched anew because the tuned plan's final measurement broke the budget.
 FINAL_ROUNDS, AGAIN_TRIALS = 3, 30
 #: Share of the latency budget that the search aims for, so that a fresh, noisy measurement holds it too.
@@ -90,7 +90,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
         router, curve = ready_selector(model, settings, folder, progress)
         router.save(run.warm_router)
 
-    def measure(plan: Plan, seconds: float = LOOP_SECONDS) -> Measurement:
+    def measure(plan: Plan, seconds: float = MEASURE_SECONDS) -> Measurement:
         return measure_plans(model, [plan], device, scorer_for=lambda _: router, seconds=seconds, seed=settings.seed)[0]
 
     find = partial(
@@ -203,9 +203,9 @@ def _in_a_name(value: Any) -> str:
 
 def _measure_afresh(measure: Callable[..., Measurement], budget: Budget, plan: Plan) -> Measurement:
     """A fresh measurement; a longer one where only the width of the interval speaks against the plan."""
-    final = measure(plan, FINAL_SECONDS)
+    final = measure(plan)
     if not holds(budget, final) and holds(budget, replace(final, ratio_high=final.ratio)):
-        final = measure(plan, 2 * FINAL_SECONDS)
+        final = measure(plan, 2 * MEASURE_SECONDS)
     return final
 
 
