@@ -1,7 +1,7 @@
 """What reusing the updates of earlier steps is worth to rejected tokens, at the end of sampling.
 
-On fashion-dit with guidance: mean squared difference of the images' pixels (in [-1, 1]) to those of the dense model from
-the same noise, at uniform keep with rejected tokens that stand still, with a bypass, and at a given plan; and how much
+On fashion-dit with guidance: mean squared difference of the images' pixels (in [-1, 1]) to the dense model's from the
+same noise, at uniform keep with rejected tokens that stand still, with a bypass, and at a given plan; and how much
 longer sampling takes than without reuse, drawn in turns.
 
     python -m benchmarks.reuse [--steps 10 30] [--reuse 0 1 2] [--plan reports/demo]
