@@ -8,6 +8,7 @@ README.md               a model card
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,11 +67,14 @@ def save_pretrained(
         selector.check_model(plan.model)
     rank = None if adapters is None else rank_of(adapters)
     place = Path(folder)
+    plan = plan.with_(model=_nameable(plan.model))
     plan.save(place / PLAN)
     if selector is None:
         (place / SELECTOR).unlink(missing_ok=True)
     else:
-        selector.save(place / SELECTOR)
+        shared = copy.copy(selector)
+        shared.model = _nameable(selector.model)
+        shared.save(place / SELECTOR)
     if adapters is None:
         (place / ADAPTERS).unlink(missing_ok=True)
     else:
@@ -105,6 +109,12 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Plan:
     return Plan.from_file(place)
 
 
+def _nameable(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's fingerprint without the folders around it: where it lies here is nobody else's business."""
+    name = str(model.get("name") or "")
+    return {**model, "name": Path(name).name} if name and Path(name).is_dir() else dict(model)
+
+
 def beside_plan(plan: Plan, name: str) -> Path | None:
     """The file of that name beside a plan that was read from a folder, where there is one."""
     path = None if plan.folder is None else plan.folder / name
@@ -113,9 +123,7 @@ def beside_plan(plan: Plan, name: str) -> Path | None:
 
 def card(plan: Plan, *, has_selector: bool, rank: int | None) -> str:
     """The model card, Markdown with the front matter that hubs read."""
-    model, workload = dict(plan.model), plan.workload
-    if Path(str(model.get("name", ""))).is_dir():
-        model["name"] = Path(str(model["name"])).name  # where it lies here is nobody else's business
+    model, workload = _nameable(plan.model), plan.workload
     parts = [
         "a trained token selector" if has_selector else "no selector of its own (tokens are spread evenly)",
         *([] if rank is None else [f"low-rank adapters (DoRA, rank {rank})"]),

@@ -68,12 +68,17 @@ def test_the_card_says_what_it_is_for(model: Model, tmp_path: Path) -> None:
     assert "energy" not in text  # not measured
 
 
-def test_the_card_does_not_say_where_the_model_lies_here(model: Model, tmp_path: Path) -> None:
+def test_no_file_says_where_the_model_lies_here(model: Model, tmp_path: Path) -> None:
     (tmp_path / "my-sd3").mkdir()
-    plan = ss.Plan.uniform(model, 0.5)
-    plan = plan.with_(model={**plan.model, "name": str(tmp_path / "my-sd3")})
-    text = (ss.save_pretrained(plan, tmp_path / "hub") / "README.md").read_text()
-    assert "# A token plan for my-sd3" in text and str(tmp_path) not in text
+    here = {**model.fingerprint(), "name": str(tmp_path / "my-sd3")}
+    router = Router.for_model(model)
+    router.model = here
+    folder = ss.save_pretrained(ss.Plan.uniform(model, 0.5).with_(model=here), tmp_path / "hub", selector=router)
+    assert "# A token plan for my-sd3" in (folder / "README.md").read_text()
+    for path in folder.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    assert router.model == here
+    assert ss.load_selector(folder).model == {**here, "name": "my-sd3"}
 
 
 def test_a_plan_at_hand_is_saved_with_a_selector_at_hand(model: Model, tmp_path: Path) -> None:
