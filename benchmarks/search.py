@@ -2,6 +2,8 @@
 
 Work is counted in forward passes of the dense model over the calibration batch, sensitivities included; a pruned plan
 counts by its predicted latency. Baselines get the same candidates and constraints and judge every plan they propose.
+The Gaussian process takes seconds for a proposal, so it goes as far as --gp-seconds of proposing take it: `forwards`
+says how far, and its best error by then stands for later ones.
 
 Layers choose token counts alone, at costs that go by operations; or, with --profile, at the measured costs of a profile
 all that `shiva-search optimize` lets them choose: counts, ranks of the bypasses that ship with the model, attention.
@@ -32,6 +34,7 @@ from benchmarks.state import begun, keep
 from shiva_search.models.catalog import load_model
 from shiva_search.models.families import family_of
 from shiva_search.models.model import Model
+from shiva_search.profiling.block_profiler import check_same
 from shiva_search.records.budget import Budget
 from shiva_search.records.cost import CostEstimate
 from shiva_search.records.plan import Plan
@@ -131,7 +134,9 @@ class Problem:
         """Token counts alone, unless there is a profile."""
         model = open_model(name)
         if profile is not None:
-            bank, measured = ss.fit_bypasses(model), ss.fit_cost_model(profile)
+            taken = ss.load_profile(profile)
+            check_same(taken, model, None, f"the profile in {profile}")
+            bank, measured = ss.fit_bypasses(model), ss.fit_cost_model(taken)
             return cls(model, measured, bank, variants_of(model, measured, bank))
         width = int(model.config["num_attention_heads"]) * int(model.config["attention_head_dim"])
         return cls(model, AnalyticCost(model.tokens, model.layer_count, width), "stride", [])
@@ -146,7 +151,7 @@ class Problem:
 
 
 def ours(space: Space, evaluator: FidelityEvaluator, seed: int, forwards: float, sampler: str = "trade") -> Curve:
-    """Best complete, feasible error over work."""
+    """The best error within the limits over work, and last all the work done."""
     space, effects = reduced(space, measure_effects(evaluator, space))
     study = optuna.create_study(directions=["minimize", "minimize"])
     plans = PlanStudy(study, space, effects, evaluator, {"seed": seed, "sampler": sampler, "trials": 10**6})
@@ -157,7 +162,7 @@ def ours(space: Space, evaluator: FidelityEvaluator, seed: int, forwards: float,
         if record.complete and space.feasible(record.plan_P[None])[0] and record.error < best:
             best = record.error
             curve.append((float(record.attributes["forwards"]), best))
-    return curve
+    return [*curve, (evaluator.forwards, best)]
 
 
 class InFull:
@@ -177,16 +182,18 @@ def baseline(name: str, space: Space, error_of: InFull, seed: int, forwards: flo
     """A sampler of Optuna on the error alone, with the limits as constraints; every proposal is judged in full.
 
     Returns:
-        The best error within the limits over work, and last the work there was time for.
+        The best error within the limits over work, and last all the work there was time for.
     """
     dense = float(space.total("latency_ms", space.dense[None])[0])
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=make_sampler(name, space, measure_nothing(space), seed))
     work, best, curve = 1.0, np.inf, []
     known = distributions(space)
-    until = time.process_time() + most_s
-    while work < forwards and time.process_time() < until:
+    proposing_s = 0.0
+    while work < forwards and proposing_s < most_s:
+        begun_s = time.process_time()
         trial = study.ask(known)
+        proposing_s += time.process_time() - begun_s
         plan_P = from_params(space, trial.params)
         excess = {key: float(value[0]) for key, value in space.excess(plan_P[None]).items()}
         for key, value in excess.items():
@@ -222,20 +229,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--baselines", nargs="*", default=list(BASELINES), choices=["tpe", "nsga2", "nsga3", "gp", "random"]
     )
-    parser.add_argument(
-        "--gp-seconds", type=float, default=60.0, help="of the Gaussian process, which takes seconds for a proposal"
-    )
+    parser.add_argument("--gp-seconds", type=float, default=60.0, help="of proposing, for the Gaussian process")
     parser.add_argument("--profile", type=Path, help="folder of measured costs; layers may then do all they can")
     parser.add_argument("--state", type=Path, help="where to keep what is done, and to go on from")
     options = parser.parse_args(arguments)
 
     asked = {name: getattr(options, name) for name in ("samples", "chunk", "forwards", "ours_forwards", "gp_seconds")}
-    asked |= {"profile": None if options.profile is None else options.profile.name, "baselines": options.baselines}
+    asked |= {"profile": None if options.profile is None else str(options.profile), "baselines": options.baselines}
     before = begun(options.state, asked)
     known = {(row["model"], row["budget"], row["seed"]): row for row in before}
+    problems = {name: Problem.of(name, options.profile) for name in options.model}
     rows = []
     for name in options.model:
-        problem = Problem.of(name, options.profile)
+        problem = problems[name]
         spaces = {share: problem.space(share) for share in options.budgets}
         for seed in range(options.seeds):
             in_full: InFull | None = None
@@ -243,22 +249,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 if (name, share, seed) in known:
                     rows.append(known[name, share, seed])
                     continue
-                started = time.process_time()
                 evaluator = problem.evaluator(space, seed, options.samples, options.chunk)
                 in_full = in_full or InFull(problem.evaluator(space, seed, options.samples, options.samples))
                 curves = {"ours": ours(space, evaluator, seed, options.ours_forwards)}
-                spent = {"ours": time.process_time() - started}
                 for other in options.baselines:
-                    started = time.process_time()
                     most_s = options.gp_seconds if other == "gp" else np.inf
                     curves[other] = baseline(other, space, in_full, seed, options.forwards, most_s)
-                    spent[other] = time.process_time() - started
                 row = {
                     "model": name,
                     "budget": share,
                     "seed": seed,
-                    "cpu_s": {k: round(v, 1) for k, v in spent.items()},
-                    "forwards": {method: round(curve[-1][0], 1) for method, curve in curves.items() if curve},
+                    "forwards": {method: round(curve[-1][0], 1) for method, curve in curves.items()},
                 }
                 for point in (10, 20, 30, 60, 100, 300, 1000):
                     row[f"after_{point}"] = {method: at(curve, point) for method, curve in curves.items()}
@@ -287,6 +288,8 @@ def summarise(rows: list[dict[str, Any]], baselines: Sequence[str]) -> dict[str,
         "best_other_1000": mean([best(row, 1000)[0] for row in rows]),
         "best_other": max(set(wins), key=wins.count) if wins else "",
         "never_worse_at_100": all(row["after_100"]["ours"] <= best(row, 1000)[0] for row in rows),
+        "most_of_best_at_300": max((row["after_300"]["ours"] / best(row, 300)[0] for row in rows), default=None),
+        "forwards_of_gp": [row["forwards"].get("gp") for row in rows],
         "rows": len(rows),
     }
 

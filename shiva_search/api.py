@@ -235,10 +235,11 @@ def apply_plan(
         guidance: whether the two halves of a batch share one selection; None: where both hold the same images, as
             pipelines build them for guidance.
         reuse_updates: a rejected token is moved as its block last moved it, if that was no more than so many steps of
-            the sampler ago; 0: never. Outside of what was measured for the plan: see `make bench-reuse`.
+            the sampler ago; 0: never. Outside of what was measured for the plan: see `make bench-reuse`. A sampler that
+            starts below where the last image was left needs the handle's `forget_updates()` in between.
 
     Raises:
-        InputError: the plan, or what was trained for it, does not fit the model; names what differs.
+        InputError: the plan, or what was trained for it, does not fit the model, naming what differs; a negative reuse.
         UnavailableError: there is no such folder or repository.
     """
     plan = plan if isinstance(plan, Plan) else from_pretrained(plan)

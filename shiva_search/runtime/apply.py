@@ -35,11 +35,12 @@ class AppliedPlan:
         gate: training's estimator.
         bypasses: the rejected path by layer; None: the scorer's own, if it has one.
         reuse_updates: a rejected token is moved as its block last moved it, if that was no more than so many steps of
-            the sampler ago; 0: never. Costs memory and time that no profile has measured.
+            the sampler ago; 0: never. Costs memory and time that no profile has measured. See ReusedUpdates for how
+            steps and images are told apart.
 
     Raises:
         InputError: the plan does not fit the model (layers, tokens, fingerprint), asks for a bypass that is not there,
-            or for keys of all tokens in a block that cannot have them.
+            or for keys of all tokens in a block that cannot have them; fewer steps of reuse than none.
     """
 
     def __init__(
@@ -126,7 +127,12 @@ class AppliedPlan:
 
         Returns:
             This handle.
+
+        Raises:
+            InputError: blocks are to be compiled with their choice, and the plan reuses updates of earlier steps.
         """
+        if options.get("dynamic") is False and self.controller.reused is not None:
+            raise InputError("updates of earlier steps are not reused with dynamic=False; leave out one of the two")
         if options.get("dynamic") is False:
             for layer in self.model.layers:
                 self._compiled.append((layer.module, layer.module._compiled_call_impl))
@@ -154,13 +160,14 @@ class AppliedPlan:
             This handle.
 
         Raises:
+            InputError: the plan reuses updates of earlier steps.
             UnavailableError: the model is not on a GPU.
         """
+        if self.controller.reused is not None:
+            raise InputError("updates of earlier steps are not reused in CUDA graphs; leave out one of the two")
         place = next(self.model.module.parameters()).device
         if place.type != "cuda":
             raise UnavailableError(f"CUDA graphs need a model on a GPU, this one is on {place}; move it there first")
-        if self.controller.reused is not None:
-            raise InputError("updates of earlier steps are not reused in CUDA graphs; leave out one of the two")
         self.graphs = ForwardGraphs(self.model.module)
         return self
 
@@ -195,7 +202,7 @@ class AppliedPlan:
         controller.history = None
         controller.row = self.row_of(controller.t_B)
         if controller.reused is not None:
-            controller.reused.begin(controller.t_B)
+            controller.reused.begin(controller.t_B, named[self.model.family.image_argument])
         if not torch.compiler.is_compiling():
             controller.entered.clear()
         if self._looks_for_halves:
@@ -219,6 +226,11 @@ class AppliedPlan:
                     "apply the plan again, after whatever replaced it"
                 )
 
+    def forget_updates(self) -> None:
+        """Begin another image, where updates of earlier steps are reused and it could be taken for the last one."""
+        if self.controller.reused is not None:
+            self.controller.reused.forget()
+
     def when_removed(self, undo: Callable[[], object]) -> None:
         """Call `undo` once the plan is off; the last one added comes first."""
         self._afterwards.append(undo)
@@ -229,8 +241,7 @@ class AppliedPlan:
         for block in self._blocks:
             block.take_off()
             block.stand_in.held.release()
-        if self.controller.reused is not None:
-            self.controller.reused.forget()
+        self.forget_updates()
         if getattr(self.model.module, _MARK, None) is self:
             object.__delattr__(self.model.module, _MARK)
 

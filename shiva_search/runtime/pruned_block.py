@@ -92,7 +92,7 @@ class Controller:
     def reuses_at(self, layer: int) -> ReusedUpdates | None:
         """Where updates of earlier steps are kept for this layer: one that some row prunes but does not skip."""
         selects = any(0 < row[layer] < self.tokens for row in self.rows)
-        return self.reused if selects and self.gate is None and not torch.is_grad_enabled() else None
+        return self.reused if selects and self.gate is None else None
 
     @property
     def ranks_by_bypass(self) -> bool:
@@ -250,11 +250,11 @@ class PrunedBlock(StandIn):
             hidden_BNQ = bypass.read(x_BND, condition_BC, controller.row, rank)
             if rank:
                 rejected_BND = bypass.move(x_BND, hidden_BNQ, rank, controller.row)
+        if not k:
+            return adapter.pack(rejected_BND, context), _no_tokens(x_BND)
         reused = controller.reuses_at(index)
         if reused is not None:
             rejected_BND = reused.moved(index, x_BND, rejected_BND)
-        if not k:
-            return adapter.pack(rejected_BND, context), _no_tokens(x_BND)
         if gate is None:
             kept_BK = self._chosen(x_BND, condition_BC, choice, hidden_BNQ)
         else:
@@ -278,8 +278,8 @@ class PrunedBlock(StandIn):
             # With a bypass, the difference of the two paths is block output minus bypass output.
             other_BKD = gather_tokens(rejected_BND, kept_BK) if rank else x_kept_BKD
             out_BKD = gate.leave(other_BKD, out_BKD, pi_kept_BK)
-        # What a bypass made is ours alone, so the kept rows may be written into it.
-        own = rejected_BND is not x_BND and not torch.is_grad_enabled()
+        # What a bypass, or an update of before, made is ours alone, so the kept rows may be written into it.
+        own = gate is None and rejected_BND is not x_BND and not torch.is_grad_enabled()
         out_BKD = out_BKD.to(rejected_BND.dtype)  # a block may answer in another one under autocast
         if reused is not None:
             reused.keep(index, x_BND, out_BKD, kept_BK)

@@ -8,6 +8,7 @@ Legend: B samples, N tokens, K kept tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from shiva_search.errors import InputError
 from shiva_search.runtime.token_ops import gather_tokens
 
 _NEVER = -(10**6)  # the step of an update that was never computed
-_CALLS = 2  # of the model in one step: one for each half of guidance, where they are not in one batch
 
 
 @dataclass
@@ -28,10 +28,12 @@ class _Held:
 
 
 class ReusedUpdates:
-    """Updates of one image's tokens from step to step, for each half of guidance apart.
+    """Updates of one image's tokens from step to step, apart for each call of the model within a step.
 
-    A step is told by its time, which is read on the host: a later call at the same time is the other half, and a time
-    that rises, or a third call, begins another image.
+    Steps are told by time and latents, which are read on the host. Calls at one time on the same latents are the parts
+    of one step (with the prompt, without it, ...). Other latents at the same time are another step, as Heun's method
+    takes them. A time that rises begins another image, and so do other latents at the time of the first step. An image
+    that begins no later than the last one ended, or was left, is not told from it: call `forget` in between.
 
     Args:
         steps: how many steps old an update may be, at least 1.
@@ -44,22 +46,40 @@ class ReusedUpdates:
         if steps < 1:
             raise InputError(f"updates are reused for at least 1 step, got {steps}; leave it out to reuse none")
         self.steps = steps
-        self._time, self._step, self._call = float("-inf"), 0, 0
-        self._held: list[dict[int, _Held]] = []
-
-    def begin(self, t_B: torch.Tensor) -> None:
-        """A forward at these normalised times begins."""
-        time = float(t_B.max())
-        self._call = self._call + 1 if time == self._time else 0
-        if time > self._time or self._call >= _CALLS:
-            self.forget()
-        self._time, self._step = time, self._step + (self._call == 0)
-        while len(self._held) <= self._call:
-            self._held.append({})
+        self.forget()
 
     def forget(self) -> None:
         """Another image begins, or none is left."""
-        self._time, self._step, self._call, self._held = float("-inf"), 0, 0, []
+        self._time, self._step, self._call = float("inf"), 0, 0
+        self._latents: torch.Tensor | None = None
+        self._held: list[dict[int, _Held]] = []
+
+    def begin(self, t_B: torch.Tensor, latents: torch.Tensor | Sequence[torch.Tensor]) -> None:
+        """A forward begins.
+
+        Args:
+            t_B: normalised times.
+            latents: what the model is called on.
+
+        Raises:
+            InputError: inside torch.compile, where steps cannot be told apart.
+        """
+        if torch.compiler.is_compiling():
+            raise InputError(
+                "updates are not reused in a model compiled as a whole; compile blocks by handle.compile()"
+            )
+        if not isinstance(latents, torch.Tensor):  # Z-Image takes a list
+            latents = torch.stack(list(latents))
+        time = float(t_B.max())
+        same = self._latents is not None and self._latents.shape == latents.shape
+        if time == self._time and same and torch.equal(self._latents.to(latents.device), latents):  # type: ignore[union-attr]
+            self._call += 1
+        else:
+            if time > self._time or (time == self._time and self._step == 1):
+                self.forget()
+            self._time, self._step, self._call, self._latents = time, self._step + 1, 0, latents.detach().clone()
+        while len(self._held) <= self._call:
+            self._held.append({})
 
     def moved(self, layer: int, x_BND: torch.Tensor, rejected_BND: torch.Tensor) -> torch.Tensor:
         """Tokens moved by their last update where it is recent enough; `rejected_BND` for all others."""
@@ -78,13 +98,14 @@ class ReusedUpdates:
             out_BKD: the kept ones as they left.
             kept_BK: which these are; None: all.
         """
+        x_BND, out_BKD = x_BND.detach(), out_BKD.detach().to(x_BND.dtype)
         held = self._of(layer, x_BND)
         if kept_BK is None:
             self._held[self._call][layer] = _Held(out_BKD - x_BND, _steps(x_BND, self._step))
             return
         if held is None:
             held = self._held[self._call][layer] = _Held(torch.zeros_like(x_BND), _steps(x_BND, _NEVER))
-        update_BKD = out_BKD.to(x_BND.dtype) - gather_tokens(x_BND, kept_BK)
+        update_BKD = out_BKD - gather_tokens(x_BND, kept_BK)
         held.update_BND.scatter_(1, kept_BK[..., None].expand_as(update_BKD), update_BKD)
         held.step_BN.scatter_(1, kept_BK, self._step)
 

@@ -146,13 +146,25 @@ class Surrogate:
         return self.predict(plans_MP)[0]
 
     def _kernels(self, a_MP: Ints, b_nP: Ints | None = None) -> tuple[Floats, Floats]:
+        """Squared distances and additive kernels [M, n].
+
+        Plans that are looked at together are mostly neighbours of the first: only where they differ from it is there
+        something to add up.
+        """
         b_nP = a_MP if b_nP is None else b_nP
-        squared = np.zeros((len(a_MP), len(b_nP)))
-        additive = np.zeros_like(squared)
+        if not len(a_MP):
+            return np.zeros((0, len(b_nP))), np.zeros((0, len(b_nP)))
+        rows, first_P = np.arange(len(self._free))[:, None], a_MP[0, self._free][:, None]
+        learned_Pn = b_nP[:, self._free].T
+        squared = np.repeat(self._squared[rows, first_P, learned_Pn].sum(0)[None], len(a_MP), axis=0)
+        additive = np.repeat(self._additive[rows, first_P, learned_Pn].sum(0)[None], len(a_MP), axis=0)
         for row, p in enumerate(self._free):
-            squared += self._squared[row][a_MP[:, p]][:, b_nP[:, p]]
-            additive += self._additive[row][a_MP[:, p]][:, b_nP[:, p]]
-        return squared, additive
+            others = np.flatnonzero(a_MP[:, p] != a_MP[0, p])
+            if len(others):
+                for table, total in ((self._squared, squared), (self._additive, additive)):
+                    near_Cn = table[row][:, learned_Pn[row]]
+                    total[others] += (near_Cn - near_Cn[a_MP[0, p]])[a_MP[others, p]]
+        return np.maximum(squared, 0.0), additive
 
     def _own(self, plans_MP: Ints) -> Floats:
         rows = np.arange(len(self._free))

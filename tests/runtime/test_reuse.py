@@ -1,6 +1,9 @@
-"""Updates of earlier steps: against a dictionary by token, apart for each half of guidance, gone with the image."""
+"""Updates of earlier steps: against a dictionary by token, apart for each call of a step, gone with the image."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.bypass import Accompanied
 from shiva_search.runtime.reuse import ReusedUpdates
+from shiva_search.selection.closed_form import untrained_bypasses
 from tests.models.conformance import FAMILY_CASES
 
 B, N, D, K = 2, 9, 4, 3
@@ -28,7 +33,7 @@ def test_tokens_are_moved_as_written_out(steps: int) -> None:
         x_BND = torch.randn(B, N, D, generator=generator)
         kept_BK = torch.stack([torch.randperm(N, generator=generator)[:K] for _ in range(B)])
         out_BKD = torch.randn(B, K, D, generator=generator)
-        reused.begin(torch.full((B,), 1 - step / 8))
+        reused.begin(torch.full((B,), 1 - step / 8), x_BND)
         otherwise_BND = x_BND + 100
         moved_BND = reused.moved(3, x_BND, otherwise_BND)
         for b in range(B):
@@ -44,46 +49,53 @@ def test_tokens_are_moved_as_written_out(steps: int) -> None:
 
 def test_a_layer_that_keeps_all_leaves_every_update() -> None:
     reused, x_BND = ReusedUpdates(1), torch.randn(B, N, D)
-    reused.begin(torch.tensor([0.9]))
+    reused.begin(torch.tensor([0.9]), x_BND)
     reused.keep(1, x_BND, x_BND + 2, None)
-    reused.begin(torch.tensor([0.8]))
+    reused.begin(torch.tensor([0.8]), x_BND)
     assert torch.allclose(reused.moved(1, x_BND, x_BND), x_BND + 2)
     assert reused.moved(2, x_BND, x_BND) is x_BND  # another layer
 
 
-class InTurns:
-    """Keeps the even tokens, then the odd ones, and so on."""
+def test_updates_are_kept_in_the_type_of_the_tokens() -> None:
+    reused, x_BND = ReusedUpdates(1), torch.randn(B, N, D).bfloat16()
+    reused.begin(torch.tensor([0.9]), x_BND)
+    reused.keep(1, x_BND, x_BND.float() + 2, None)  # a block may answer in another type under autocast
+    reused.begin(torch.tensor([0.8]), x_BND)
+    moved_BND = reused.moved(1, x_BND, x_BND)
+    assert moved_BND.dtype == torch.bfloat16
+    assert torch.allclose(moved_BND.float(), x_BND.float() + 2, atol=0.05)
 
-    def __init__(self) -> None:
-        self.calls = 0
 
-    def __call__(self, x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
-        self.calls += 1
-        return ((torch.arange(x_BND.shape[1]) + self.calls) % 2).float().expand(x_BND.shape[:2])
+def by_time(x_BND: torch.Tensor, t_B: torch.Tensor, condition_BC: torch.Tensor, layer: int) -> torch.Tensor:
+    """Keeps the even tokens or the odd ones, in turns as the time goes down by tenths."""
+    tenths = round(10 * float(t_B.max()))
+    return ((torch.arange(x_BND.shape[1]) + tenths) % 2).float().expand(x_BND.shape[:2])
 
 
-def one_pruned(model: Model) -> Plan:
+def one_pruned(model: Model, rank: int = 0) -> Plan:
     row = [Kept(model.tokens)] * model.layer_count
-    row[1] = Kept(model.tokens // 2)
+    row[1] = Kept(model.tokens // 2, rank)
     return Plan.from_rows(model, [row])
 
 
-def outputs(model: Model, times: list[float], seeds: list[int], reuse: int) -> list[torch.Tensor]:
-    """A forward at each time, on the example inputs of each seed."""
-    found = []
-    with torch.no_grad(), AppliedPlan(model, one_pruned(model), InTurns(), guidance=False, reuse_updates=reuse):
-        for time, seed in zip(times, seeds, strict=True):
-            inputs = {**model.example(seed), "timestep": torch.full((2,), round(1000 * time))}
-            found.append(model.predict(inputs))
-    return found
+def inputs_at(model: Model, time: float, seed: int = 0, label: int = 0) -> dict[str, Any]:
+    inputs = dict(model.example(seed))
+    return {**inputs, "timestep": torch.full((2,), round(1000 * time)), "class_labels": torch.full((2,), label)}
 
 
-def test_a_rejected_token_moves_as_in_the_step_before(model: Model) -> None:
+def run(model: Model, calls: Sequence[tuple[Any, ...]], reuse: int = 1) -> list[torch.Tensor]:
+    """The outputs of forwards at (time, seed of latents, label), one after the other."""
+    with torch.no_grad(), AppliedPlan(model, one_pruned(model), by_time, guidance=False, reuse_updates=reuse):
+        return [model.predict(inputs_at(model, *call)) for call in calls]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_rejected_token_moves_as_in_the_step_before(model: Model, grad: bool) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with torch.no_grad(), AppliedPlan(model, one_pruned(model), InTurns(), reuse_updates=1) as applied:
+    with torch.set_grad_enabled(grad), AppliedPlan(model, one_pruned(model), by_time, reuse_updates=1) as applied:
         applied.controller.observer = lambda layer, x, out, kept: seen.append((x, out)) if layer == 1 else None
-        for time in (900, 800):
-            model.predict({**model.example(0), "timestep": torch.full((2,), time)})
+        for time in (0.9, 0.8):
+            model.module(**inputs_at(model, time))
     (x_first, out_first), (x_second, out_second) = seen
     stood_still = (out_first == x_first).all(-1)  # no update is known in the first step
     assert int(stood_still[0].sum()) == model.tokens - model.tokens // 2
@@ -91,33 +103,61 @@ def test_a_rejected_token_moves_as_in_the_step_before(model: Model) -> None:
     assert torch.allclose((out_second - x_second)[moved], (out_first - x_first)[moved], atol=1e-5)
 
 
-def test_another_image_starts_anew_and_without_reuse_nothing_is_kept(model: Model) -> None:
-    first, second, third = outputs(model, [0.9, 0.8, 0.9], [0, 0, 0], 1)
-    assert not torch.equal(first, second)
-    assert torch.equal(first, third)
-    without = outputs(model, [0.9, 0.8], [0, 0], 0)
-    assert torch.equal(first, without[0]) and not torch.equal(second, without[1])
+def test_with_a_bypass_only_what_has_no_update_takes_it(model: Model) -> None:
+    scorer = Accompanied(by_time, untrained_bypasses(model, ranks=(2,)))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with torch.no_grad(), AppliedPlan(model, one_pruned(model, rank=2), scorer, reuse_updates=1) as applied:
+        applied.controller.observer = lambda layer, x, out, kept: seen.append((x, out)) if layer == 1 else None
+        for time in (0.9, 0.8):
+            model.predict(inputs_at(model, time))
+    (x_first, out_first), (x_second, out_second) = seen
+    kept_first = by_time(x_first, torch.tensor([0.9]), x_first, 1) > 0
+    assert torch.allclose((out_second - x_second)[kept_first], (out_first - x_first)[kept_first], atol=1e-5)
+    assert not torch.equal(out_first[~kept_first], x_first[~kept_first])  # the bypass moved them
 
 
-def test_halves_of_guidance_in_separate_calls_do_not_mix(model: Model) -> None:
-    apart = [outputs(model, [0.9, 0.8], [seed, seed], 2) for seed in (0, 1)]
-    with torch.no_grad(), AppliedPlan(model, one_pruned(model), "stride", guidance=False, reuse_updates=2):
-        together = [
-            model.predict({**model.example(seed), "timestep": torch.full((2,), time)})
-            for time in (900, 800)
-            for seed in (0, 1)
-        ]
-    alone = []
-    for seed in (0, 1):
-        with torch.no_grad(), AppliedPlan(model, one_pruned(model), "stride", guidance=False, reuse_updates=2):
-            alone.append(
-                [model.predict({**model.example(seed), "timestep": torch.full((2,), time)}) for time in (900, 800)]
-            )
-    assert all(torch.equal(a, b) for a, b in zip(together[0::2], alone[0], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(together[1::2], alone[1], strict=True))
-    assert not torch.equal(apart[0][1], apart[1][1])
+def test_another_image_starts_anew(model: Model) -> None:
+    fresh = run(model, [(0.9,), (0.8,)])
+    assert not torch.equal(fresh[1], run(model, [(0.8,)])[0])  # the second step has the first one's updates
+    for before in ([(0.9,), (0.8,)], [(0.9, 1)], [(0.3, 1)]):  # a whole image, one left after its first step, ...
+        after = run(model, [*before, (0.9,), (0.8,)])[-2:]
+        assert all(torch.equal(a, b) for a, b in zip(after, fresh, strict=True))
 
 
-def test_steps_to_reuse_are_counted_from_one(model: Model) -> None:
+def test_an_image_that_begins_below_the_last_one_is_announced(model: Model) -> None:
+    fresh = run(model, [(0.5,), (0.4,)])
+    with torch.no_grad(), AppliedPlan(model, one_pruned(model), by_time, guidance=False, reuse_updates=1) as applied:
+        model.predict(inputs_at(model, 0.8, 1))
+        applied.forget_updates()
+        after = [model.predict(inputs_at(model, time)) for time in (0.5, 0.4)]
+    assert all(torch.equal(a, b) for a, b in zip(after, fresh, strict=True))
+
+
+def test_calls_of_one_step_do_not_mix(model: Model) -> None:
+    labels = (1, 2, 3)  # with the prompt, without it, and disturbed
+    together = run(model, [(time, 0, label) for time in (0.9, 0.8) for label in labels])
+    without = run(model, [(time, 0, label) for time in (0.9, 0.8) for label in labels], reuse=0)
+    for place, label in enumerate(labels):
+        alone = run(model, [(0.9, 0, label), (0.8, 0, label)])
+        assert torch.equal(together[place], alone[0]) and torch.equal(together[3 + place], alone[1])
+        assert not torch.equal(together[3 + place], without[3 + place])
+
+
+def test_other_latents_at_the_same_time_are_another_step() -> None:
+    """Heun's method ends a step at the time at which the next one begins."""
+    reused, latents = ReusedUpdates(1), torch.randn(3, B, N, D)
+    for time, drawn in ((0.9, 0), (0.8, 1), (0.8, 2)):
+        reused.begin(torch.tensor([time]), latents[drawn])
+        reused.keep(1, latents[0], latents[0] + drawn, None)
+    reused.begin(torch.tensor([0.7]), latents[0])
+    assert torch.allclose(reused.moved(1, latents[0], latents[0]), latents[0] + 2)
+
+
+def test_what_cannot_be_together_is_refused(model: Model) -> None:
     with pytest.raises(InputError, match="at least 1 step"):
         AppliedPlan(model, one_pruned(model), "stride", reuse_updates=-1)
+    with AppliedPlan(model, one_pruned(model), "stride", reuse_updates=1) as applied:
+        with pytest.raises(InputError, match="CUDA graphs"):
+            applied.capture()
+        with pytest.raises(InputError, match="dynamic=False"):
+            applied.compile(dynamic=False)
