@@ -10,7 +10,7 @@ same number of steps over all ratios, then judged at uniform keep on held-out im
     robust      <., p_i + (f_i - p_i) / pi_i> for kept tokens, <., p_i> for rejected: the prediction as a control
                 variate (Horvitz-Thompson with a model, as in doubly robust estimation)
 
-    python -m benchmarks.ablations [--steps 60] [--keep 0.6 0.4] [--only soft update predicted]
+    python -m benchmarks.ablations [--steps 60] [--keep 0.6 0.4] [--only soft update predicted] [--seeds 2]
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from benchmarks.timing import print_result
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.bypass import BypassBank
-from shiva_search.runtime.scorers import History
+from shiva_search.runtime.scorers import History, TokenScorer
+from shiva_search.runtime.token_ops import gather_tokens
 from shiva_search.selection import training_gate
 from shiva_search.selection.gates import UpdateGated, gate_update
 from shiva_search.selection.router import Router
@@ -42,7 +43,7 @@ LEAST_SCORE = 0.1
 class NotingRouter(Router):
     """A router that notes what the layer under way was called with, for an estimator that predicts its update."""
 
-    noted: tuple[torch.Tensor, int]
+    noted: tuple[torch.Tensor, torch.Tensor, int]
 
     def forward(
         self,
@@ -53,7 +54,7 @@ class NotingRouter(Router):
         history: History | None = None,
     ) -> torch.Tensor:
         """Scores [B, N]."""
-        self.noted = condition_BC.detach(), layer
+        self.noted = x_BND.detach(), condition_BC.detach(), layer
         return super().forward(x_BND, t_B, condition_BC, layer, history)
 
 
@@ -71,27 +72,32 @@ class Predicted(UpdateGated):
     def __init__(self, router: NotingRouter, bank: BypassBank, robust: bool) -> None:
         self.router, self.bank, self.robust = router, bank, robust
 
-    def update_of(self, x_BND: torch.Tensor) -> torch.Tensor:
-        """The predicted update [B, N, D]."""
-        (condition_BC, layer), rank = self.router.noted, max(self.bank.ranks)
+    def updates(self) -> torch.Tensor:
+        """The predicted updates of all tokens of the layer under way [B, N, D]."""
+        (x_BND, condition_BC, layer), rank = self.router.noted, max(self.bank.ranks)
         bypass = self.bank.bypasses[layer]
         with torch.no_grad():
             return bypass.move(x_BND, bypass.read(x_BND, condition_BC, 0, rank), rank, 0) - x_BND
+
+    def updates_of(self, x_kept_BKD: torch.Tensor) -> torch.Tensor:
+        """Those of the kept tokens, which are found among all by their values."""
+        x_BND, updates_BND = self.router.noted[0], self.updates()
+        # A gate knows no indices. Kept tokens are rows of x, so the nearest row is the token itself.
+        found_BK = torch.cdist(x_kept_BKD, x_BND, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+        return gather_tokens(updates_BND, found_BK)
 
     def leave(self, x_kept_BKD: torch.Tensor, out_kept_BKD: torch.Tensor, pi_kept_BK: torch.Tensor) -> torch.Tensor:
         """See Estimator."""
         if not self.robust:
             return super().leave(x_kept_BKD, out_kept_BKD, pi_kept_BK)
-        guess_BKD = self.update_of(x_kept_BKD.detach())
+        guess_BKD = self.updates_of(x_kept_BKD.detach())
         missed_BKD = (out_kept_BKD - x_kept_BKD).detach() - guess_BKD
         difference_BKD = guess_BKD + missed_BKD / pi_kept_BK.detach().clamp_min(LEAST_SCORE).unsqueeze(-1)
         return gate_update(out_kept_BKD.detach() - difference_BKD, out_kept_BKD, pi_kept_BK)
 
     def stay(self, x_rejected_BRD: torch.Tensor, pi_rejected_BR: torch.Tensor) -> torch.Tensor:
         """See Estimator."""
-        return gate_update(
-            x_rejected_BRD.detach() - self.update_of(x_rejected_BRD.detach()), x_rejected_BRD, pi_rejected_BR
-        )
+        return gate_update(x_rejected_BRD.detach() - self.updates(), x_rejected_BRD, pi_rejected_BR)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.6, 0.4])
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--images", type=int, default=128, help="held-out images per error")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=2, help="routers trained in each way; errors are their means")
     options = parser.parse_args()
     model = ss.load_model()
     bank = ss.fit_bypasses(model)
@@ -157,16 +163,24 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in (*UNTRAINED, *options.only):
         begun = time.perf_counter()
-        known = name in UNTRAINED
-        scorer = name if known else trained(model, bank, WAYS[name], options.steps, options.batch_size, options.seed)
-        took_s = time.perf_counter() - begun
-        errors = {
-            f"error_{keep}": ss.fidelity(model, plan, scorer, split="evaluation", samples=options.images)
-            for keep, plan in plans.items()
-        }
-        rows.append({"trained": name, "steps": 0 if known else options.steps, **errors})
-        figures = "  ".join(f"keep {keep}: {errors[f'error_{keep}']:.4f}" for keep in plans)
-        print(f"{name:<32} {figures}" + ("" if known else f"  ({took_s:.0f} s)"), flush=True)
+        scorers: list[TokenScorer | str] = [name]
+        if name not in UNTRAINED:
+            scorers = [
+                trained(model, bank, WAYS[name], options.steps, options.batch_size, seed)
+                for seed in range(options.seeds)
+            ]
+        row: dict[str, Any] = {"trained": name, "steps": 0 if name in UNTRAINED else options.steps}
+        for keep, plan in plans.items():
+            errors = [
+                ss.fidelity(model, plan, scorer, split="evaluation", samples=options.images) for scorer in scorers
+            ]
+            row[f"error_{keep}"] = sum(errors) / len(errors)
+            row[f"range_{keep}"] = max(errors) - min(errors)
+        rows.append(row)
+        figures = "  ".join(
+            f"keep {keep}: {row[f'error_{keep}']:.4f} (range {row[f'range_{keep}']:.4f})" for keep in plans
+        )
+        print(f"{name:<32} {figures}  {time.perf_counter() - begun:.0f} s", flush=True)
     print_result({"rows": rows, "images": options.images})
 
 

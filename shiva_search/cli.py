@@ -377,8 +377,16 @@ def main(arguments: list[str] | None = None) -> None:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     if code == _INTERRUPTED:  # typer turns an interruption into its exit code, without a word
-        _say("interrupted: progress is kept; run the same command again to continue")
+        _say(_goes_on(arguments))
     sys.exit(code)
+
+
+def _goes_on(arguments: list[str]) -> str:
+    """What to do after an interruption; only long commands keep what they have done."""
+    if not {"profile", "optimize", "train", "worker"} & set(arguments):
+        return "interrupted"
+    again = "it again without --no-resume" if "--no-resume" in arguments else "the same command again"
+    return f"interrupted: progress is kept; run {again} to continue"
 
 
 if __name__ == "__main__":

@@ -112,7 +112,9 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Plan:
 def _nameable(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model's fingerprint without the folders around it: where it lies here is nobody else's business."""
     name = str(model.get("name") or "")
-    return {**model, "name": Path(name).name} if name and Path(name).is_dir() else dict(model)
+    if not name or not (Path(name).is_dir() or Path(name).is_absolute() or name[0] in ".~"):
+        return dict(model)
+    return {**model, "name": Path(name).resolve().name}
 
 
 def beside_plan(plan: Plan, name: str) -> Path | None:

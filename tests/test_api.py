@@ -18,11 +18,6 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = ss.nonsense
 
 
-def test_a_cost_model_is_fit_from_a_folder_as_well() -> None:
-    with pytest.raises(ss.InputError, match="nowhere"):
-        ss.fit_cost_model("nowhere")
-
-
 @pytest.mark.parametrize("first", ["shiva_search.search.knapsack", "shiva_search.api", "shiva_search.search"])
 def test_search_is_the_function_also_after_its_room_was_imported(first: str) -> None:
     program = (

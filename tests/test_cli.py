@@ -64,16 +64,24 @@ def test_bad_input_is_one_line_and_the_right_code(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interruption_says_that_the_same_command_goes_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["profile"], "interrupted: progress is kept; run the same command again to continue"),
+        (["profile", "--no-resume"], "interrupted: progress is kept; run it again without --no-resume to continue"),
+        (["devices"], "interrupted"),
+    ],
+)
+def test_an_interruption_says_what_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
 ) -> None:
-    def interrupted() -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("shiva_search.workflow.devices_command", interrupted)
-    code, out, err = run(capsys, "devices")
-    assert (code, out) == (130, "")
-    assert "run the same command again to continue" in err
+    monkeypatch.setattr("shiva_search.workflow.profile_command", interrupted)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out, err.strip()) == (130, "", says)
 
 
 @pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run"])

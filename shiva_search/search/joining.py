@@ -86,12 +86,13 @@ def _prepared(
         if opened is not None:
             try:
                 study = optuna.load_study(study_name=study_name, storage=opened)
+            except KeyError:
+                state = f"study {study_name!r} does not exist in this storage"
+            else:
                 known = read_problem(study)
                 if known is not None:
                     return study, known
                 state = f"study {study_name!r} is not prepared yet in this storage"
-            except KeyError:
-                state = f"study {study_name!r} does not exist in this storage"
         if time.monotonic() > until:
             raise UnavailableError(f"{state}; start the search first, and name its storage and study as it says them")
         if not told:

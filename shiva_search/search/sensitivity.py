@@ -104,7 +104,9 @@ def measure_effects(
                 row[layer] = space.choices[layer][knot]
                 jobs.append((segment * space.layers + layer, knot, tuple(row)))
         # Late layers last, so that a job finds the dense prefix it starts from fresh.
-        told = None if progress is None else _Pace(progress, f"sensitivities: {len(jobs)} prunings of single layers")
+        of = f" of segment {segment + 1} of {space.segments}" if space.segments > 1 else ""
+        what = f"sensitivities: {len(jobs)} prunings of single layers{of}"
+        told = None if progress is None else _Pace(progress, what)
         found_R, sketches_RS = evaluator.probe_row(segment, [row for _, _, row in jobs], told)
         for (position, knot, _), error, sketch in zip(jobs, found_R, sketches_RS, strict=True):
             errors[position, knot] = error

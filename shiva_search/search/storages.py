@@ -56,7 +56,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage | None:
 
 def is_there(storage: str | BaseStorage) -> bool:
     """False for a journal file that nobody has made yet; what a database holds shows only when it is opened."""
-    return isinstance(storage, BaseStorage) or "://" in storage or os.path.isfile(_journal_path(storage))
+    return isinstance(storage, BaseStorage) or "://" in storage or os.path.exists(_journal_path(storage))
 
 
 def _journal_path(storage: str) -> str:

@@ -124,7 +124,7 @@ def take_profile(
     profile.save(folder)
     cost = fit_cost_model(profile)
     cost.save(folder)
-    _warn_if_vague(cost, progress)
+    _warn_if_vague(cost, folder, progress)
     return Costs(cost if level.rows == profile.rows else fit_cost_model(level), figures)
 
 
@@ -149,7 +149,7 @@ def use_profile(
         )
     check_same(profile, model, None if _is_recording(device) else device, f"the profile in {folder}")
     cost = fit_cost_model(profile)
-    _warn_if_vague(cost, progress)
+    _warn_if_vague(cost, folder, progress)
     if _is_recording(device):
         return Costs(cost)
     anew = f"`shiva-search profile --no-resume --out {folder}`"
@@ -162,13 +162,14 @@ def use_profile(
     return Costs(fit_cost_model(drift.profile), _figures(drift, otherwise="predictions may miss"))
 
 
-def _warn_if_vague(cost: CostModel, progress: Progress) -> None:
+def _warn_if_vague(cost: CostModel, folder: Path, progress: Progress) -> None:
     """One line where plans are predicted so badly that a search on them would lose its way."""
     off = cost.held_out.get("median_error")
     if off is not None and off > VAGUE:
         progress(
             f"warning: predictions are off by {off:.0%} (median over held-out plans), as the profile was too short or "
-            "the device busy; take a longer one while nothing else runs (`profile --no-resume --seconds ...`)"
+            f"the device busy; take a longer one while nothing else runs: "
+            f"`shiva-search profile --no-resume --seconds ... --out {folder}`"
         )
 
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shiva_search as ss
 from shiva_search.cost import CostModel, fit_cost_model, load_cost_model
 from shiva_search.errors import InputError
 from shiva_search.records.budget import Budget
@@ -231,6 +232,17 @@ def test_a_file_gives_the_same_model_back(truth: Make, tmp_path: Path) -> None:
     assert load_cost_table(tmp_path).predict(plan) == cost.predict(plan)
     saved = json.loads((tmp_path / "cost_model.json").read_text())
     assert {"median_error", "p95_error", "bias", "plans"} <= saved["held_out"].keys()
+
+
+def test_the_folder_of_a_profile_will_do(truth: Make, tmp_path: Path) -> None:
+    device = truth(noise=0.01)
+    profile = device.profile()
+    profile.save(tmp_path)
+    plan = device.plan((512, 256, 0, 448, 128, 512, 64, 320))
+    at_hand, from_folder = (ss.fit_cost_model(given).predict(plan) for given in (profile, str(tmp_path)))
+    assert from_folder.latency_ms == pytest.approx(at_hand.latency_ms, rel=1e-4)  # files have fewer digits
+    with pytest.raises(InputError, match="nowhere"):
+        ss.fit_cost_model(tmp_path / "nowhere")
 
 
 def test_without_plans_it_says_that_it_is_not_sure(truth: Make) -> None:
