@@ -91,8 +91,9 @@ class Controller:
 
     def reuses_at(self, layer: int) -> ReusedUpdates | None:
         """Where updates of earlier steps are kept for this layer: one that some row prunes but does not skip."""
-        selects = any(0 < row[layer] < self.tokens for row in self.rows)
-        return self.reused if selects and self.gate is None else None
+        if self.reused is None or self.gate is not None:
+            return None
+        return self.reused if any(0 < row[layer] < self.tokens for row in self.rows) else None
 
     @property
     def ranks_by_bypass(self) -> bool:
