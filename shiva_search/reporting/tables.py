@@ -238,5 +238,6 @@ def _share_of_dense(summary: Summary, part: str) -> str:
 def _unsettled_in_words(unsettled: Mapping[str, float]) -> str:
     """What the machine's placing of threads would have changed, where it placed them badly during the measurement."""
     share, change = unsettled["share_of_samples"], unsettled.get("ratio_change")
-    text = f"{percent(share)} of the samples, left out: the machine had placed the threads badly"
+    fate = "left out" if share < 1 else "used as there were no others"
+    text = f"{percent(share)} of the samples, {fate}: the machine had placed the threads badly"
     return text if change is None else f"{text}, and the plan's share of the dense latency differed by {change:+.1%}"

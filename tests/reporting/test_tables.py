@@ -108,6 +108,12 @@ def printed(summary: Summary, plan: Plan | None = None, files: tuple[Path, ...] 
 
 
 class TestClosingTable:
+    @pytest.mark.parametrize(("share", "fate"), [(0.25, "25 % of the samples, left out"), (1.0, "used as there were")])
+    def test_samples_of_badly_placed_threads_are_told_of(self, run: RunFiles, share: float, fate: str) -> None:
+        summary = {**run.summary, "conditions": {"unsettled": {"share_of_samples": share}}}
+        assert fate in printed(summary)["unsettled"]
+        assert "unsettled" not in printed(run.summary)
+
     def test_a_finished_run(self, run: RunFiles) -> None:
         rows = printed(run.summary, run.plan, (Path("reports/demo/plan.json"), Path("reports/demo/report.html")))
         assert [*rows] == ["dense", "planned", "budget", "predicted", "measured", "error", "files written", ""]
