@@ -383,7 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _goes_on(arguments: list[str]) -> str:
     """What to do after an interruption; only long commands keep what they have done."""
-    if not {"profile", "optimize", "train", "worker"} & set(arguments):
+    if arguments[0] not in ("profile", "optimize", "train", "worker"):
         return "interrupted"
     again = "it again without --no-resume" if "--no-resume" in arguments else "the same command again"
     return f"interrupted: progress is kept; run {again} to continue"

@@ -70,9 +70,8 @@ class ReusedUpdates:
             )
         if not isinstance(latents, torch.Tensor):  # Z-Image takes a list
             latents = torch.stack(list(latents))
-        time = float(t_B.max())
-        same = self._latents is not None and self._latents.shape == latents.shape
-        if time == self._time and same and torch.equal(self._latents.to(latents.device), latents):  # type: ignore[union-attr]
+        time, before = float(t_B.max()), self._latents
+        if time == self._time and before is not None and torch.equal(before.to(latents), latents):
             self._call += 1
         else:
             if time > self._time or (time == self._time and self._step == 1):

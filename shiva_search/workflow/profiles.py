@@ -159,7 +159,10 @@ def use_profile(
             f"warning: the ratios in {folder} are no longer this device's, so predictions will miss; take a new "
             f"profile with {anew}, or leave out --profile"
         )
-    return Costs(fit_cost_model(drift.profile), _figures(drift, otherwise="predictions may miss"))
+    level = drift.profile
+    return Costs(
+        cost if level.rows == profile.rows else fit_cost_model(level), _figures(drift, otherwise="predictions may miss")
+    )
 
 
 def _warn_if_vague(cost: CostModel, folder: Path, progress: Progress) -> None:
