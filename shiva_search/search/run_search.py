@@ -22,7 +22,7 @@ from shiva_search.search.identity import problem_digest, scorer_identity
 from shiva_search.search.knapsack import solve
 from shiva_search.search.pareto import front_rows, pareto_row, trial_rows
 from shiva_search.search.pool import Pool
-from shiva_search.search.sensitivity import measure_effects, reduced
+from shiva_search.search.sensitivity import Effects, measure_effects, reduced
 from shiva_search.search.shared_problem import create, read_problem, share_problem
 from shiva_search.search.starting import enqueue_start, evaluator_for
 from shiva_search.search.storages import database_errors, open_storage
@@ -48,6 +48,7 @@ class SearchResult:
         cost: the cost model with the loop's corrections.
         study_name: for `shiva-search worker`.
         forwards: work spent, in forward passes of the dense model over the calibration batch.
+        effects: sensitivities of all choices, for another search with the same scorer; None where none were measured.
     """
 
     plan: Plan
@@ -59,6 +60,7 @@ class SearchResult:
     cost: PlanCost | None = None
     study_name: str = ""
     forwards: float = 0.0
+    effects: Effects | None = None
 
 
 @database_errors()
@@ -80,6 +82,7 @@ def search(
     folder: str | Path | None = None,
     samples: int = SAMPLES,
     chunk: int = CHUNK,
+    effects: Effects | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the tokens kept per layer with the least output error that hold the budget.
@@ -100,6 +103,8 @@ def search(
         attend: whose keys kept tokens see where the cost model knows both: kept, all, or free to choose by layer.
         folder: where the journal is kept.
         samples, chunk: calibration inputs and how many run in one forward.
+        effects: sensitivities found by an earlier search with the same scorer and inputs; measured where None, or where
+            other choices were on offer then.
         progress: told short lines.
 
     Raises:
@@ -128,19 +133,20 @@ def search(
         "seed": seed, "sampler": sampler, "trials": trials, "samples": samples, "chunk": chunk,
         "model": model.fingerprint(), "scorer": scorer_identity(scorer),
     }  # fmt: skip
-    known = read_problem(study)
+    known, whole = read_problem(study), effects
     if known is None:
-        whole = measure_effects(evaluator, space, progress=progress)
+        if whole is None or whole.choices != space.choices:
+            whole = measure_effects(evaluator, space, progress=progress)
         share_problem(study, *reduced(space, whole), settings)
         known = read_problem(study)
         assert known is not None
     elif study.user_attrs["settings"] != settings:
         study.set_user_attr("settings", settings)  # more trials, or another sampler on the same problem
-    space, effects = priced(known[0], cost, space.limits), known[1]
+    space, reduced_effects = priced(known[0], cost, space.limits), known[1]
     if shared:
         say(f"others may join with `shiva-search worker RUN --storage URL --study {study.study_name}`")
-    plans = PlanStudy(study, space, effects, evaluator, settings, progress)
-    exact = solve(space, effects.errors_PC)
+    plans = PlanStudy(study, space, reduced_effects, evaluator, settings, progress)
+    exact = solve(space, reduced_effects.errors_PC)
     enqueue_start(plans, exact.plan_P, trials)
     plans.run(trials)
 
@@ -178,6 +184,7 @@ def search(
         cost=cost,
         study_name=study.study_name,
         forwards=evaluator.forwards,
+        effects=whole,
     )
 
 

@@ -34,11 +34,13 @@ class Effects:
         errors_PC: NMSE of the output; unused cells repeat the position's last choice.
         vectors_PCS: sketch of the output's change, squared norm equal to the error.
         measured: by position, the choices that were run; others are interpolated.
+        choices: by layer, what was on offer; empty where effects were not measured here.
     """
 
     errors_PC: Floats
     vectors_PCS: Floats
     measured: tuple[tuple[int, ...], ...] = ()
+    choices: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def separable(cls, errors_PC: Floats) -> Effects:
@@ -115,7 +117,7 @@ def measure_effects(
             progress(f"sensitivities: {len(jobs)} prunings of single layers, {evaluator.forwards:.1f} dense forwards")
     for position in range(space.positions):
         _interpolate(space, position, measured[position], errors, vectors)
-    return Effects(errors, vectors, tuple(measured))
+    return Effects(errors, vectors, tuple(measured), space.choices)
 
 
 class _Pace:

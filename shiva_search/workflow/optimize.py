@@ -5,6 +5,7 @@ Stages that are done are not repeated: a stage's file counts when it was made fr
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,12 +90,13 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     with clock("warm_up"):
         router, curve = ready_selector(model, settings, folder, progress)
         router.save(run.warm_router)
+    untuned = copy.deepcopy(router)  # what plans are judged with, also after training: errors stay comparable
 
     def measure(plan: Plan, seconds: float = MEASURE_SECONDS) -> Measurement:
         return measure_plans(model, [plan], device, scorer_for=lambda _: router, seconds=seconds, seed=settings.seed)[0]
 
     find = partial(
-        search, model, seed=settings.seed, scorer=router, measure=measure,
+        search, model, seed=settings.seed, scorer=untuned, measure=measure,
         storage=settings.storage, min_keep=settings.min_keep, segments=settings.segments, sampler=settings.sampler,
         attend=settings.attend,
         folder=run.path, progress=progress,
@@ -149,7 +151,10 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
                 break
             progress(f"a fresh measurement takes {final.ratio:.1%} of dense and breaks the budget; searching below it")
             try:
-                result = find(result.cost or cost, _tighter(budget, AIM - 0.015 * again), trials=AGAIN_TRIALS)
+                result = find(
+                    result.cost or cost, _tighter(budget, AIM - 0.015 * again), trials=AGAIN_TRIALS,
+                    effects=result.effects,
+                )  # fmt: skip
             except (InfeasibleBudgetError, BudgetBrokenError) as error:
                 progress(f"no plan is left below: {error}")
                 break

@@ -103,6 +103,24 @@ def test_a_rejected_token_moves_as_in_the_step_before(model: Model, grad: bool) 
     assert torch.allclose((out_second - x_second)[moved], (out_first - x_first)[moved], atol=1e-5)
 
 
+def test_updates_are_reused_across_segments_of_a_plan(model: Model) -> None:
+    """A block that kept all tokens at one time has an update for each at the next, whatever row the plan has there."""
+    dense, half = Kept(model.tokens), Kept(model.tokens // 2)
+    rows = [[dense] * model.layer_count, [dense] * model.layer_count]
+    rows[0][1] = half  # at times below 0.5, which come last
+    seen: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
+    with torch.no_grad(), AppliedPlan(model, Plan.from_rows(model, rows), by_time, reuse_updates=1) as applied:
+        for time in (0.6, 0.4):
+            applied.controller.observer = lambda layer, x, out, kept, time=time: (
+                seen.update({time: (x, out)}) if layer == 1 else None
+            )
+            model.predict(inputs_at(model, time))
+    (x_dense, out_dense), (x_half, out_half) = seen[0.6], seen[0.4]
+    rejected = by_time(x_half, torch.tensor([0.4]), x_half, 1) == 0
+    assert torch.allclose((out_half - x_half)[rejected], (out_dense - x_dense)[rejected], atol=1e-5)
+    assert not torch.allclose((out_half - x_half)[~rejected], (out_dense - x_dense)[~rejected], atol=1e-5)
+
+
 def test_with_a_bypass_only_what_has_no_update_takes_it(model: Model) -> None:
     scorer = Accompanied(by_time, untrained_bypasses(model, ranks=(2,)))
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []

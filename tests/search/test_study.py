@@ -86,6 +86,17 @@ def test_same_seed_same_plan_another_seed_other_proposals(model, cost, result) -
     assert [row["tokens_kept"] for row in other.trials] != [row["tokens_kept"] for row in result.trials]
 
 
+def test_sensitivities_of_one_search_serve_another_on_the_same_choices(model, cost, result) -> None:
+    anew = search(model, cost, Budget(shares={"latency_ms": 0.5}), trials=20, **SMALL)
+    known = search(model, cost, Budget(shares={"latency_ms": 0.5}), trials=20, effects=result.effects, **SMALL)
+    assert known.plan == anew.plan and known.trials[0]["tokens_kept"] == anew.trials[0]["tokens_kept"]
+    assert known.forwards < anew.forwards - 1
+    fewer = search(
+        model, cost, Budget(shares={"latency_ms": 0.6}), trials=1, min_keep=0.25, effects=result.effects, **SMALL
+    )
+    assert fewer.effects is not result.effects  # other choices: measured anew
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "gp", "random"])
 def test_every_sampler_works_and_wastes_no_judgement(model, cost, sampler: str) -> None:
     found = search(model, cost, BUDGET, trials=14, sampler=sampler, **SMALL)
