@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 
-from benchmarks.search import AnalyticCost
+from benchmarks.search_quality import AnalyticCost
 from benchmarks.timing import print_result
 from shiva_search.models.catalog import load_model, shipped_router
 from shiva_search.records.budget import Budget

@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 import torch
 
-from benchmarks.search import AnalyticCost
+from benchmarks.search_quality import AnalyticCost
 from benchmarks.timing import print_result
 from shiva_search.models.catalog import load_model, shipped_router
 from shiva_search.models.model import Model

@@ -8,8 +8,8 @@ says how far, and its best error by then stands for later ones.
 Layers choose token counts alone, at costs that go by operations; or, with --profile, at the measured costs of a profile
 all that `shiva-search optimize` lets them choose: counts, ranks of the bypasses that ship with the model, attention.
 
-    python -m benchmarks.search [--model random-24] [--forwards 1000] [--seeds 5] [--state search.jsonl]
-    python -m benchmarks.search --model fashion-dit --profile profiles/cpu/fashion-dit
+    python -m benchmarks.search_quality [--model random-24] [--forwards 1000] [--seeds 5] [--state search.jsonl]
+    python -m benchmarks.search_quality --model fashion-dit --profile profiles/cpu/fashion-dit
 
 It takes hours. With --state, each model, budget and seed that is done is kept there, a JSON line each, and the same
 command goes on from there.
