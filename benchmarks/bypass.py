@@ -1,11 +1,11 @@
 """What a cheap path for rejected tokens is worth: the best plans with and without it, at the same measured latency.
 
 For each share of the dense latency a plan is searched anew for each variant, within the budget as measured: rejected
-tokens that stand still, ranked by the warmed-up router (the paper's method), against affine bypasses, warmed up as well
-and ranked by what they miss. Errors are on held-out images: untrained at the same plans (the best untrained scorer, and
-bypasses as the closed form gives them), as warmed up, and after the same number of steps of training at the plan. With
---attend, plans whose kept tokens may attend to all are held against plans whose may not, both with bypasses, and the
-error of every block pruned alone is printed over the tokens it keeps.
+tokens that stand still, ranked by the warmed-up router (the paper's method), against affine bypasses, as the closed
+form gives them (no step of training), and warmed up. Errors are on held-out images, before any training at the plan
+and, but for the closed form, after the same number of steps of it; `identity_untrained` is the best scorer that was
+never trained, at the router's plan. With --attend, plans whose kept tokens may attend to all are held against plans
+whose may not, both with bypasses, and the error of every block pruned alone is printed over the tokens it keeps.
 
 With --samples, images are drawn and scored for each trained row and for the dense model. What is found is kept in the
 folder --out; the same command again does only what is missing there.
@@ -44,6 +44,7 @@ from shiva_search.search.fidelity import fidelity
 from shiva_search.selection.closed_form import fit_bypasses
 from shiva_search.selection.loading import load_selector
 from shiva_search.selection.training import tune
+from shiva_search.workflow.optimize import AIM, MEASURE_SECONDS
 
 IMAGES = 256
 SAMPLER_STEPS = 10
@@ -100,11 +101,11 @@ class Bench:
 
         def measure(plan: Plan) -> Any:
             return measure_plans(
-                self.model, [plan], self.device, scorer_for=lambda _: selector, seconds=8.0, seed=self.seed
+                self.model, [plan], self.device, scorer_for=lambda _: selector, seconds=MEASURE_SECONDS, seed=self.seed
             )[0]
 
         return ss.search(
-            self.model, cost, Budget(shares={"latency_ms": share}), trials=self.trials, seed=self.seed,
+            self.model, cost, Budget(shares={"latency_ms": AIM * share}), trials=self.trials, seed=self.seed,
             scorer=selector, measure=measure, attend=attend,
         ).plan  # fmt: skip
 
@@ -112,7 +113,12 @@ class Bench:
         """Measured shares of the dense latency, all interleaved."""
         by_plan = {id(plan): selector for plan, selector in zip(plans, selectors, strict=True)}
         found = measure_plans(
-            self.model, plans, self.device, scorer_for=lambda plan: by_plan[id(plan)], seconds=20.0, seed=self.seed
+            self.model,
+            plans,
+            self.device,
+            scorer_for=lambda plan: by_plan[id(plan)],
+            seconds=MEASURE_SECONDS * len(plans),
+            seed=self.seed,
         )
         return [item.ratio for item in found]
 
@@ -132,18 +138,20 @@ class Bench:
         return score_samples(drawn, labels)
 
     def compare(self, share: float, selectors: dict[str, Selector], cost: Callable[[str], CostModel]) -> dict[str, Any]:
-        """Errors and measured shares of the best plan of each variant, before training at the plan."""
+        """Errors and measured shares of the best plan of each selector, before training at the plan."""
         plans = {
-            name: self.plan(selectors[name], cost(name), share, "kept" if name == "identity" else "free")
-            for name in VARIANTS
-        }
-        measured = self.shares(list(plans.values()), [selectors[name] for name in VARIANTS])
+            name: self.plan(
+                selector, cost("identity" if name == "identity" else "affine"), share,
+                "kept" if name == "identity" else "free",
+            )
+            for name, selector in selectors.items()
+        }  # fmt: skip
+        measured = self.shares(list(plans.values()), [selectors[name] for name in plans])
         row: dict[str, Any] = {"latency_share": share}
         for (name, plan), found in zip(plans.items(), measured, strict=True):
             row |= {name: self.error(plan, selectors[name]), f"{name}_share": found, f"{name}_plan": str(plan.rows)}
             plan.save(self.folder / f"{name}-{share}.json")
         row["identity_untrained"] = min(self.error(plans["identity"], name) for name in UNTRAINED)
-        row["affine_untrained"] = self.error(plans["affine"], selectors["closed form"])
         return row
 
     def attention(self, share: float, bank: Selector, cost: Callable[[str], CostModel]) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", nargs="*", type=float, default=[0.8, 0.6, 0.4])
     parser.add_argument("--attend", nargs="*", type=float, default=[], help="shares at which attention is compared")
-    parser.add_argument("--fit-samples", type=int, default=384, help="calibration images of the closed form")
+    parser.add_argument("--fit-samples", type=int, default=1152, help="calibration images of the closed form")
     parser.add_argument("--train-steps", type=int, default=60)
     parser.add_argument("--samples", type=int, default=0, help="generated images per trained row")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two profiles")
@@ -203,19 +211,14 @@ def main() -> None:
             costs[name] = bench.cost(name, selectors[name])
         return costs[name]
 
+    fitted = folder / "closed-form.safetensors"
+    if not fitted.is_file():
+        fit_bypasses(model, samples=options.fit_samples, seed=options.seed, progress=tell)[0].save(fitted)
+    compared = {**selectors, "closed_form": load_selector(fitted)}
     for share in options.shares:
-        if "closed form" not in selectors and f"compare {share}" not in notes.found:
-            selectors["closed form"] = fit_bypasses(
-                model, samples=options.fit_samples, seed=options.seed, progress=tell
-            )[0]  # fmt: skip
-        notes.once(
-            f"compare {share}",
-            partial(bench.compare, share, selectors, cost),
-        )
+        notes.once(f"compare {share}", partial(bench.compare, share, compared, cost))
     for share in options.attend:
-        notes.once(
-            f"attend {share}", partial(bench.attention, share, selectors["affine"], cost)
-        )  # fmt: skip
+        notes.once(f"attend {share}", partial(bench.attention, share, selectors["affine"], cost))
     curves = {
         mode: notes.once(f"curves {mode}", partial(bench.curves, selectors["affine"], mode))
         for mode in (("kept", "all") if options.attend else ())

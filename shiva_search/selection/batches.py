@@ -6,7 +6,7 @@ Everything is drawn from (seed, step) alone: a step taken up again after an inte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,24 @@ from shiva_search.records.plan import Kept, Plan
 #: router that ranks well at these ranks well in between.
 LEVELS = 20
 _STEPS_PER_SEED = 1_000_003  # a prime, so that seeds 0, 1, 2 share no batch in any realistic number of steps
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """Shares of rows and layers that are drawn as something else than a share of tokens of their own.
+
+    Attributes:
+        uniform: of rows that keep the same share in all layers.
+        skipped, dense: of layers, given the row's share of tokens.
+    """
+
+    uniform: float
+    skipped: Callable[[float], float]
+    dense: Callable[[float], float]
+
+
+_WITHOUT = _Mix(1 / 3, lambda keep: 0.1, lambda keep: 0.1)
+_WITH_BYPASSES = _Mix(0.15, lambda keep: 0.25 * (1.2 - keep), lambda keep: 0.6 * keep)
 
 
 @dataclass(frozen=True)
@@ -55,21 +73,23 @@ def draw_row(
 ) -> tuple[int, ...]:
     """A row of tokens kept around a share, as plans look: the first layer dense, then one of two kinds.
 
-    A third of the rows keep the same share in all layers. In the others layers differ (0.2 standard deviation, inside
-    keep_range), and a tenth each are skipped and dense: a router has to rank well behind any such layer.
+    Some rows keep the same share in all layers. In the others layers differ (0.2 standard deviation, inside
+    keep_range), and some are skipped or dense: a router has to rank well behind any such layer. Where there are
+    bypasses, plans replace whole blocks by them and leave others alone, so more layers do.
 
     Args:
         variants: by layer, what pruned ones may do besides, as (attend, bypass rank), each as likely.
     """
-    uniform = torch.rand((), generator=generator).item() < 1 / 3
+    mix = _WITH_BYPASSES if variants else _WITHOUT
+    uniform = torch.rand((), generator=generator).item() < mix.uniform
     keeps_L = keep + (0.0 if uniform else 0.2) * torch.randn(layers, generator=generator)
     low, high = (math.ceil(keep_range[0] * LEVELS - 1e-9), math.floor(keep_range[1] * LEVELS + 1e-9))
     level_L = (keeps_L * LEVELS).round().clamp(low, max(low, high))
     kept = (level_L * tokens / LEVELS).long().clamp(1, tokens)
     fate_L = torch.rand(layers, generator=generator)
     if not uniform:
-        kept[fate_L < 0.1] = 0
-        kept[fate_L > 0.9] = tokens
+        kept[fate_L < mix.skipped(keep)] = 0
+        kept[fate_L > 1 - mix.dense(keep)] = tokens
     row: list[int] = kept.tolist()
     for layer, options in enumerate(variants):
         attend, rank = options[int(torch.randint(len(options), (), generator=generator))]

@@ -13,6 +13,9 @@ from shiva_search.selection.batches import Group
 from shiva_search.selection.losses import diffusion_loss, distillation_loss, distilled_layers, relative_error
 from shiva_search.selection.training_gate import Recipe, TrainingGate
 
+#: Of losses that count by the inverse of their error: the error at which one counts once, and what is added to each.
+_UNIT, _FLOOR = 0.1, 0.01
+
 
 class Distiller:
     """Runs the dense teacher and the pruned student of one model through one set of hooks."""
@@ -54,7 +57,8 @@ class Distiller:
             loss = loss + recipe.diffusion_weight * figures["diffusion"]
         figures = {"loss": loss, **figures, "error": relative_error(output.detach(), dense)}
         if loss.requires_grad:  # not where every layer is dense or skipped: nothing was chosen
-            (loss * group.share).backward()
+            weight = _UNIT / (figures["error"] + _FLOOR) if recipe.relative else 1.0
+            (loss * group.share * weight).backward()
         keep = sum(group.row) / len(group.row) / tokens
         return {**{name: value.detach().item() for name, value in figures.items()}, "keep": keep}
 

@@ -183,8 +183,11 @@ def drawn_variants(model: Model, selector: Selector) -> list[list[tuple[str, int
 
 
 def _warm_recipe(selector: Selector) -> dict[str, Any]:
-    """Bypasses start from a solution, so their steps are gentler and their ranking is colder from the start."""
-    return {"lr": 1e-3, "tau_rank": (0.1, 0.05), "tau_sel": (0.05, 0.05)} if isinstance(selector, BypassBank) else {}
+    """Bypasses start from a solution: their steps are gentler, their ranking is colder from the start, and what they
+    do well already, at light pruning, is not to be lost to what is far from it."""
+    if not isinstance(selector, BypassBank):
+        return {}
+    return {"lr": 1e-3, "tau_rank": (0.1, 0.05), "tau_sel": (0.05, 0.05), "relative": True}
 
 
 def _train(

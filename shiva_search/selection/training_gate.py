@@ -50,6 +50,8 @@ class Recipe:
         margin: tokens beyond k that a pruned layer processes while training, as a share of N; for "soft" alone.
         feature_weight: of the compared layers beside the output in the distillation loss.
         diffusion_weight: of the diffusion loss, where targets are known.
+        relative: losses count by the inverse of the error, so that light pruning, whose errors are small, counts as
+            much as heavy pruning.
 
     Raises:
         InputError: an unknown estimator, or a margin outside [0, 1).
@@ -63,6 +65,7 @@ class Recipe:
     margin: float = 0.05
     feature_weight: float = 0.5
     diffusion_weight: float = 0.1
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if self.estimator not in TRAINING_ESTIMATORS:
