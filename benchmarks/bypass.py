@@ -41,6 +41,7 @@ from shiva_search.records.plan import Kept, Plan
 from shiva_search.records.profile import load_profile
 from shiva_search.runtime.selector import Selector
 from shiva_search.search.fidelity import fidelity
+from shiva_search.search.sensitivity import Effects
 from shiva_search.selection.closed_form import fit_bypasses
 from shiva_search.selection.loading import load_selector
 from shiva_search.selection.training import tune
@@ -88,6 +89,7 @@ class Bench:
     def __init__(self, model: Model, device_name: str, seconds: float, trials: int, seed: int, folder: Path) -> None:
         self.model, self.device = model, open_device(device_name)
         self.seconds, self.trials, self.seed, self.folder = seconds, trials, seed, folder
+        self.effects: dict[str, Effects] = {}  # sensitivities, which are the same for all budgets
 
     def cost(self, name: str, selector: Selector) -> CostModel:
         """A cost model from a profile in which this selector selects."""
@@ -104,10 +106,14 @@ class Bench:
                 self.model, [plan], self.device, scorer_for=lambda _: selector, seconds=MEASURE_SECONDS, seed=self.seed
             )[0]
 
-        return ss.search(
+        known = f"{id(selector)} {attend}"
+        found = ss.search(
             self.model, cost, Budget(shares={"latency_ms": AIM * share}), trials=self.trials, seed=self.seed,
-            scorer=selector, measure=measure, attend=attend,
-        ).plan  # fmt: skip
+            scorer=selector, measure=measure, attend=attend, effects=self.effects.get(known),
+        )  # fmt: skip
+        if found.effects is not None:
+            self.effects[known] = found.effects
+        return found.plan
 
     def shares(self, plans: list[Plan], selectors: list[Selector]) -> list[float]:
         """Measured shares of the dense latency, all interleaved."""

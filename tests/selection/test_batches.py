@@ -46,6 +46,16 @@ def test_rows_look_like_plans():
     assert abs(sum(entries) / len(entries) - 50) < 4
 
 
+def test_rows_with_bypasses_leave_more_blocks_alone_and_replace_more_of_them():
+    variants = [[("kept", 0), ("kept", 16)]] * 10
+    for keep, skipped, dense in ((0.3, 0.19, 0.15), (0.9, 0.06, 0.45)):
+        rows = [draw_row(10, 100, keep, (0.1, 0.9), generator(seed), variants) for seed in range(300)]
+        entries = [k for row in rows for k in row[1:]]
+        assert sum(int(k) == 0 for k in entries) / len(entries) == pytest.approx(skipped, abs=0.04)
+        assert sum(int(k) == 100 for k in entries) / len(entries) == pytest.approx(dense, abs=0.06)
+        assert {k.rank for k in entries if k < 100} == {0, 16}
+
+
 def test_a_step_draws_the_same_samples_again_and_others_than_its_neighbours(smaller):
     first = draw_batch(smaller, 4, seed=1, step=7)
     again, after, other = (draw_batch(smaller, 4, *pair) for pair in ((1, 7), (1, 8), (2, 7)))

@@ -8,11 +8,13 @@ import torch
 from shiva_search.errors import InputError
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.selection.batches import stratified_groups
+from shiva_search.selection.distilling import Distiller, frozen
 from shiva_search.selection.fitting import COLUMNS
 from shiva_search.selection.losses import relative_error
 from shiva_search.selection.router import Router
 from shiva_search.selection.training import train_selector, tune, warm_up
-from shiva_search.selection.training_gate import TRAINING_ESTIMATORS
+from shiva_search.selection.training_gate import TRAINING_ESTIMATORS, Recipe
 
 QUICK = {"steps": 4, "batch_size": 4, "groups": 2}
 
@@ -61,6 +63,20 @@ def test_tuning_at_a_plan_lowers_its_error_further(tiny, learned):
     after = sum(error_of(tiny, half, tuned) for half in halves)
     assert after < before
     assert rows[0]["keep"] == pytest.approx(plan.mean_keep, abs=0.02)  # timesteps are stratified: half of them each
+
+
+def test_relative_losses_count_by_the_inverse_of_their_error(smaller):
+    router, found = Router.for_model(smaller, 0).requires_grad_(True), {}
+    generator = torch.Generator().manual_seed(0)
+    [group] = stratified_groups(smaller, smaller.batch("train", 4), 1, (0.4, 0.6), generator)
+    with frozen(smaller.module), AppliedPlan(smaller, Plan.dense(smaller), router, guidance=False) as applied:
+        for relative in (False, True):
+            router.zero_grad()
+            distiller = Distiller(applied, Recipe(relative=relative))
+            figures = distiller.backward(group, distiller.gate(0, 0.0))
+            found[relative] = torch.cat([p.grad.flatten() for p in router.parameters() if p.grad is not None])
+    assert found[False].norm() > 0
+    assert torch.allclose(found[True], found[False] * 0.1 / (figures["error"] + 0.01), rtol=1e-4)
 
 
 def test_the_backbone_is_left_as_it_was(smaller):
