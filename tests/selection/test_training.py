@@ -76,7 +76,8 @@ def test_relative_losses_count_by_the_inverse_of_their_error(smaller):
             figures = distiller.backward(group, distiller.gate(0, 0.0))
             found[relative] = torch.cat([p.grad.flatten() for p in router.parameters() if p.grad is not None])
     assert found[False].norm() > 0
-    assert torch.allclose(found[True], found[False] * 0.1 / (figures["error"] + 0.01), rtol=1e-4)
+    expected = found[False] * 0.1 / (figures["error"] + 0.01)
+    assert (found[True] - expected).norm() < 0.02 * expected.norm()  # rounded to bfloat16 where a CPU has it
 
 
 def test_the_backbone_is_left_as_it_was(smaller):
