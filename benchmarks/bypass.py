@@ -24,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import shiva_search as ss
@@ -42,7 +43,7 @@ from shiva_search.records.profile import load_profile
 from shiva_search.runtime.selector import Selector
 from shiva_search.search.fidelity import fidelity
 from shiva_search.search.sensitivity import Effects
-from shiva_search.selection.closed_form import fit_bypasses
+from shiva_search.selection.closed_form import RANKS, fit_bypasses
 from shiva_search.selection.loading import load_selector
 from shiva_search.selection.training import tune
 from shiva_search.workflow.optimize import AIM, MEASURE_SECONDS
@@ -50,6 +51,8 @@ from shiva_search.workflow.optimize import AIM, MEASURE_SECONDS
 IMAGES = 256
 SAMPLER_STEPS = 10
 VARIANTS = ("identity", "affine")
+#: Shares of the tokens that a block pruned alone keeps.
+CURVE = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 UNTRAINED = ("stride", "random", "norm", "residual")
 
 
@@ -174,11 +177,10 @@ class Bench:
     def curves(self, selector: Selector, attend: str) -> dict[str, list[float]]:
         """Error of each block pruned alone to a sixteenth, an eighth, ... of the tokens and upwards, and skipped."""
         tokens, layers = self.model.tokens, self.model.layer_count
-        shares = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
         found: dict[str, list[float]] = {}
         for layer in range(1, layers):
-            rows = [[Kept(tokens)] * layers for _ in shares]
-            for row, share in zip(rows, shares, strict=True):
+            rows = [[Kept(tokens)] * layers for _ in CURVE]
+            for row, share in zip(rows, CURVE, strict=True):
                 k = round(share * tokens)
                 row[layer] = Kept(k, max(getattr(selector, "ranks", (0,))), attend if k else "kept")
             plans = [Plan.from_rows(self.model, [row]) for row in rows]
@@ -189,6 +191,33 @@ class Bench:
 def rises(errors: list[float], tolerance: float = 0.02) -> bool:
     """Whether an error ever grows, by more than the tolerance, as more tokens are kept."""
     return any(later > earlier * (1 + tolerance) for earlier, later in pairwise(errors))
+
+
+def at_same_cost(cost: CostModel, layer: int, tokens: int, curves: dict[str, dict[str, list[float]]]) -> list[float]:
+    """Error with attention to all over that of a block that keeps more tokens and attends to these, at equal latency.
+
+    Args:
+        cost: of blocks with bypasses.
+        layer: index.
+        tokens: N.
+        curves: by attention and layer, errors over CURVE.
+
+    Returns:
+        A ratio for each share of the curve above 0; below 1 where attention to all is the better use of the time.
+    """
+
+    def known(k: int, attend: str) -> float:
+        found = cost.layer_cost("latency_ms", layer, Kept(k, max(RANKS), attend))
+        assert found is not None
+        return found
+
+    counts = [round(share * tokens) for share in CURVE]
+    kept_ms = [known(k, "kept") for k in counts]
+    ratios = []
+    for k, error in zip(counts[1:], curves["all"][str(layer)][1:], strict=True):
+        other = np.exp(np.interp(known(k, "all"), kept_ms, np.log(curves["kept"][str(layer)])))
+        ratios.append(error / float(other))
+    return ratios
 
 
 def main() -> None:
@@ -255,9 +284,22 @@ def main() -> None:
         for layer, errors in found_curves.items():
             shape = "rises somewhere" if rises(errors) else "falls"
             print(f"attend {mode}, block {layer}: {' '.join(f'{error:.4f}' for error in errors)}  {shape}")
+    same_cost = {
+        layer: at_same_cost(cost("affine"), int(layer), model.tokens, curves) for layer in curves.get("all", {})
+    }
+    for layer, ratios in same_cost.items():
+        print(f"attend all over kept at the same cost, block {layer}: {' '.join(f'{ratio:.2f}' for ratio in ratios)}")
     for row in [*rows, *attention, notes.found.get("images dense", {})]:
         print("  ".join(f"{name} {value:.4f}" for name, value in row.items() if isinstance(value, float)))
-    print_result({"rows": rows, "attend": attention, "curves": curves, "train_steps": options.train_steps})
+    print_result(
+        {
+            "rows": rows,
+            "attend": attention,
+            "curves": curves,
+            "same_cost": same_cost,
+            "train_steps": options.train_steps,
+        }
+    )
 
 
 if __name__ == "__main__":
