@@ -180,6 +180,16 @@ def test_a_budget_below_the_floor_names_the_floor(
     assert not (run.parent / "low").exists()
 
 
+def test_a_run_of_another_model_is_not_mixed_with_this_ones(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "plan.json").read_bytes()
+    assert call("optimize", "--model", "fashion-dit", "--max-latency", "75%", "--out", str(run), *FAST) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "holds a run of another model; name another folder with --out" in line
+    assert (run / "plan.json").read_bytes() == before
+
+
 def test_a_budget_that_dense_meets_returns_the_dense_plan(
     run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

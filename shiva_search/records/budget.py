@@ -53,8 +53,10 @@ def parse_limit(metric: str, text: str) -> tuple[float, bool]:
         The value in the metric's unit and False, or the share (0.6) and True.
 
     Raises:
-        InputError: no unit, a foreign unit, or not above zero.
+        InputError: an unknown metric, no unit, a foreign unit, or not above zero.
     """
+    if metric not in _KINDS:
+        raise InputError(f"a budget limits one of {', '.join(METRICS)}, got {metric!r}")
     kind, unit, example, known = _KINDS[metric]
     text = text.strip()
     hint = f"write for example {option_name(metric)} {example} or 60% (units: {known}; % is a share of the dense model)"

@@ -65,6 +65,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     device, model = open_both(
         settings.model, settings.device, settings.workload, settings.seed, limited=settings.budget
     )
+    _refuse_another_models_run(run, model)
     clock = _Clock()
 
     with clock("profile"):
@@ -192,6 +193,20 @@ def _is_under_way(run: RunFolder, settings: Settings) -> bool:
         return False
     same = replace(before, trials=settings.trials, sampler=settings.sampler, train_steps=settings.train_steps)
     return stored.get("finished") is False and same.digest() == settings.digest()
+
+
+def _refuse_another_models_run(run: RunFolder, model: Model) -> None:
+    """What a run holds is about one model: tables and pictures of two in one folder would be read as one's."""
+    try:
+        plan = Plan.from_file(run.plan)
+    except InputError:
+        return  # none, or none that can be read
+    try:
+        plan.check_model(model.fingerprint())
+    except InputError as error:
+        raise InputError(
+            f"{run.path} holds a run of another model; name another folder with --out ({error})"
+        ) from error
 
 
 def _run_name(settings: Settings) -> str:

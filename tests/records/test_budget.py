@@ -82,3 +82,8 @@ def test_texts_where_numbers_belong_are_told_how_they_are_written() -> None:
 def test_mean_keep_is_at_most_one() -> None:
     with pytest.raises(InputError):
         Budget(mean_keep=1.5)
+
+
+def test_a_metric_that_is_not_known_is_named_with_those_that_are() -> None:
+    with pytest.raises(InputError, match="one of latency_ms, .*, got 'latency'"):
+        Budget.parse({"latency": "60%"})
