@@ -126,7 +126,8 @@ def search(
         scorer: ranks tokens while plans are judged; None takes the bypasses that ship with the model, else stride.
             See `fit_bypasses` and `warm_up` for selectors of your own model.
         measure: measures a plan on the device, closing the loop; None trusts the cost model.
-        **options: storage, study_name, min_keep, segments, sampler, attend, folder, progress (search/run_search.py).
+        **options: storage, study_name, min_keep, segments, sampler, attend, folder, effects, progress
+                (search/run_search.py).
 
     Raises:
         InfeasibleBudgetError: no plan fits; names the floor and the budget that binds.
