@@ -155,7 +155,7 @@ def ours(space: Space, evaluator: FidelityEvaluator, seed: int, forwards: float,
     space, effects = reduced(space, measure_effects(evaluator, space))
     study = optuna.create_study(directions=["minimize", "minimize"])
     plans = PlanStudy(study, space, effects, evaluator, {"seed": seed, "sampler": sampler, "trials": 10**6})
-    enqueue_start(plans, solve(space, effects.errors_PC).plan_P, trials=0)
+    enqueue_start(plans, solve(space, effects.errors_PC).plan_P, 10**6, front=False)
     plans.run(10**6, forwards=forwards)
     curve, best = [], np.inf
     for record in plans.records():

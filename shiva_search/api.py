@@ -131,15 +131,16 @@ def search(
 
     Raises:
         InfeasibleBudgetError: no plan fits; names the floor and the budget that binds.
-        InputError: bad options.
+        InputError: bad options, or costs of another model or workload.
     """
+    from shiva_search.profiling.block_profiler import check_same
     from shiva_search.search import search as run
 
     if not isinstance(budget, Budget):
         raise InputError(
             f'a budget is a Budget, got {budget!r}; write for example Budget.parse({{"latency_ms": "60%"}})'
         )
-
+    check_same(cost, model, None, "the cost model", "profile this model as it will be used, and fit its costs")
     resolved = _resolve_scorer(model, scorer)
     return run(model, cost, budget, trials=trials, seed=seed, scorer=resolved, measure=measure, **options)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shiva_search.search import SearchResult
+
 
 class ShivaError(Exception):
     """Base of all refusals. The message is one line: the rule, the value, the next step."""
@@ -26,6 +31,11 @@ class UnavailableError(ShivaError):
 
 
 class BudgetBrokenError(ShivaError):
-    """The measured plan breaks the budget after all corrections (exit code 5)."""
+    """The measured plan breaks the budget after all corrections (exit code 5).
+
+    Attributes:
+        nearest: from `search`: the SearchResult of the measured plan that came nearest to the budget.
+    """
 
     exit_code = 5
+    nearest: SearchResult | None = None

@@ -132,6 +132,30 @@ def test_a_plan_found_after_a_broken_measurement_is_trained_for_too(
     assert trained == ["0", "1", "0"]  # and half as long at the plan that ships
 
 
+def test_where_no_plan_holds_the_budget_the_nearest_one_is_kept_with_its_figures(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    monkeypatch.setattr(optimize, "MEASURE_SECONDS", 0.5)
+    measure = optimize.measure_plans
+
+    def slow(*arguments, **options) -> list[Measurement]:
+        found = measure(*arguments, **options)
+        return [replace(item, ratio=3 * item.ratio, ratio_high=3 * item.ratio_high) for item in found]
+
+    monkeypatch.setattr(optimize, "measure_plans", slow)
+    assert call("optimize", "--model", str(folder), "--max-latency", "75%", "--out", "reports/slow", *FAST) == 5
+    assert "over the budget of 75.0% of dense" in capsys.readouterr().err.splitlines()[-1]
+    kept, summary = Plan.from_file("reports/slow"), json.loads(Path("reports/slow/summary.json").read_text())
+    assert summary["holds"] is False and len(summary["rounds"]) > 1
+    least = min(summary["rounds"], key=lambda row: row["measured_ratio_high"])
+    assert kept.measured["ratio"] == least["measured_ratio"] == summary["measured"]["ratio"]
+    assert [list(row) for row in kept.tokens_kept] == least["tokens_kept"]
+    assert kept.fidelity["error"] > 0
+    assert not Path("reports/slow/training.csv").exists() or "tune" not in Path("reports/slow/training.csv").read_text()
+    assert all((Path("reports/slow") / name).is_file() for name in ("report.html", "pareto.csv", "trials.csv"))
+
+
 def test_measure_report_and_train_work_on_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent.parent)
     before = len(rows(run / "measurements.csv"))
@@ -141,6 +165,30 @@ def test_measure_report_and_train_work_on_the_run(run: Path, monkeypatch: pytest
     (run / "pareto.png").unlink()
     assert call("report", str(run)) == 0
     assert (run / "pareto.png").is_file()
+
+
+def test_compare_measures_the_plan_next_to_what_a_user_could_do_instead(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    assert call("compare", str(run), "--seconds", "2") == 0
+    table = {row["method"]: row for row in rows(run / "compare.csv")}
+    assert {"searched plan, trained selector", "uniform keep, stride", "dense"} <= table.keys()
+    assert json.loads(table["uniform keep, stride"]["settings"])[0][1] < 400
+    assert float(table["dense"]["error"]) == 0 and "noise" in table["dense"]["note"]
+    assert table["searched plan, trained selector"]["note"] in ("holds the budget", "breaks the budget")
+    capsys.readouterr()
+
+    # A plan that selects nothing and is faster than a token per layer: no scorers to compare, no uniform keep.
+    skips = tmp_path / "skips"
+    shutil.copytree(run, skips)
+    plan = Plan.from_file(skips)
+    replace(plan, tokens_kept=((400, 0, 0, 0),), attend=(), bypass={"kind": "none"}).save(skips / "plan.json")
+    assert call("compare", str(skips), "--seconds", "2") == 0
+    methods = [row["method"] for row in rows(skips / "compare.csv")]
+    assert methods == ["searched plan, trained selector", "whole blocks skipped", "dense"]
+    said = capsys.readouterr().err
+    assert "selects no tokens" in said and "no uniform keep, stride, is as fast" in said
 
 
 def test_the_run_goes_on_a_transformer_in_one_call(run: Path, folder: Path) -> None:

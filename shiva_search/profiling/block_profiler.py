@@ -24,6 +24,7 @@ from shiva_search.profiling.end_to_end import Progress, summary_of
 from shiva_search.profiling.flops import ModelFlops
 from shiva_search.profiling.sample_log import SampleLog
 from shiva_search.profiling.sampler import Sampler
+from shiva_search.records.cost_table import CostTable
 from shiva_search.records.plan import row_as_json, row_from_json
 from shiva_search.records.profile import Profile, load_profile
 from shiva_search.records.workload import Workload
@@ -178,7 +179,7 @@ def _header(bench: Bench, flops: ModelFlops, scorer: TokenScorer, seconds: float
 
 
 def check_same(
-    found: Profile,
+    found: Profile | CostTable,
     model: Model,
     device: Device | None,
     what: str,
@@ -187,6 +188,7 @@ def check_same(
     """Refuse to mix profiles of different things.
 
     Args:
+        found: a profile, or the cost model of one.
         what: the profile, as the user knows it.
         step: what the user may do next.
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shiva_search.errors import BudgetBrokenError, InfeasibleBudgetError
+from shiva_search.errors import InfeasibleBudgetError
 from shiva_search.records.budget import Budget
 from shiva_search.records.cost import COST_FIELD
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
-from shiva_search.search.candidates import Ints, PlanCost, Space
+from shiva_search.search.candidates import CONSTRAINT_NAMES, Ints, PlanCost, Space
 from shiva_search.search.knapsack import cheapest, said
 
 #: Rounds until the budget holds, and rounds to spend what is left.
@@ -34,6 +34,10 @@ class Chooser(Protocol):
         """The best known plan that holds the space's limits and cannot be topped up, and its error."""
         ...
 
+    def error_of(self, plan_P: Ints) -> float:
+        """Error of a plan, judged now where it is not known."""
+        ...
+
 
 @dataclass
 class Closed:
@@ -43,9 +47,10 @@ class Closed:
         plan_P, error: the plan.
         cost: with all corrections.
         space: costs and limits as corrected: what the plan was last chosen by.
-        measurement: the one that holds the budget.
+        measurement: the one that holds the budget; where none did, the one that came nearest.
         rounds: every round: round, tokens_kept, predicted_ratio, measured_ratio, holds, ...
         measured: by plan, its measurement.
+        broken: where no plan held the budget, what there is to say of that; None otherwise.
     """
 
     plan_P: Ints
@@ -55,6 +60,7 @@ class Closed:
     measurement: Measurement
     rounds: list[dict[str, Any]] = field(default_factory=list)
     measured: dict[bytes, Measurement] = field(default_factory=dict)
+    broken: str | None = None
 
 
 def holds(budget: Budget, measurement: Measurement) -> bool:
@@ -118,8 +124,9 @@ def close_loop(
         plan_of: choice indices -> the plan.
         progress: told after every round.
 
-    Raises:
-        BudgetBrokenError: the floor itself breaks the budget, or the rounds are used up.
+    Returns:
+        The best plan that holds the budget as measured; where the floor itself breaks it, or the rounds are used up,
+        the one that came nearest, and `broken` says so.
     """
     say = progress or (lambda line: None)
     scale: dict[str, float] = {}
@@ -127,6 +134,8 @@ def close_loop(
     rounds: list[dict[str, Any]] = []
     measured: dict[bytes, Measurement] = {}
     held: Closed | None = None
+    nearest: Closed | None = None
+    least_use = float("inf")
     spent = 0
     space = space_of(cost, scale)
     while len(rounds) < MOST_ROUNDS + SPEND_ROUNDS:
@@ -140,9 +149,10 @@ def close_loop(
                 break
             spent += 1
         elif chosen is None or len(failed) >= MOST_ROUNDS:
-            chosen = _last_resort(space, failed)
-            if chosen is None:
-                raise _broken(budget, rounds)
+            last = _last_resort(space)
+            if last.tobytes() in failed:
+                break
+            chosen = last, pool.error_of(last)
         plan_P, error = chosen
         plan = plan_of(plan_P)
         predicted = cost.predict(plan)
@@ -159,16 +169,23 @@ def close_loop(
         )
         if not ok:
             failed |= {plan_P.tobytes()}
+            use = max(rounds[-1]["used"].values())
+            if use < least_use:
+                least_use, nearest = use, Closed(plan_P, error, cost, space, measurement)
         scale = _rescaled(scale, space_of(cost, {}), plan_P, used, len(failed))
         space = space_of(cost, scale)
         if ok and (held is None or error < held.error):
             held = Closed(plan_P, error, cost, space, measurement)
             if 1.0 - max(used.values(), default=1.0) < SLACK:
                 break
+    found = held or nearest
+    assert (
+        found is not None
+    )  # a round ends with the one or the other, and the cheapest plan is always there to be tried
+    found.cost, found.space, found.rounds, found.measured = cost, space, rounds, measured
     if held is None:
-        raise _broken(budget, rounds)
-    held.cost, held.space, held.rounds, held.measured = cost, space, rounds, measured
-    return held
+        found.broken = _said_of(budget, rounds)
+    return found
 
 
 def _rescaled(
@@ -184,11 +201,12 @@ def _rescaled(
     return scale
 
 
-def _last_resort(space: Space, failed: frozenset[bytes]) -> tuple[Ints, float] | None:
-    """The cheapest plan there is, where it has not been tried: if it breaks the budget, every plan does."""
+def _last_resort(space: Space) -> Ints:
+    """The cheapest plan there is: if it breaks the budget, every plan does."""
     metric = next((m for m in space.limits if m in space.tables), "latency_ms")
     plan_P = cheapest(space.with_limits(), metric)
-    return None if plan_P is None or plan_P.tobytes() in failed else (plan_P, float("inf"))
+    assert plan_P is not None  # nothing is asked of it
+    return plan_P
 
 
 def _round(
@@ -214,15 +232,16 @@ def _round(
     }
 
 
-def _broken(budget: Budget, rounds: list[dict[str, Any]]) -> BudgetBrokenError:
-    if not rounds:
-        return BudgetBrokenError("no plan was left to measure; raise the budget")
+def _said_of(budget: Budget, rounds: list[dict[str, Any]]) -> str:
+    """One line on a budget that no measured plan held."""
     last = min(rounds, key=lambda row: max(row["used"].values(), default=0.0))
     metric = max(last["used"], key=lambda name: last["used"][name])
     limit = budget.limits().get(metric)
     asked = said(metric, limit) if limit is not None else f"{budget.shares[metric]:.1%} of dense"
-    return BudgetBrokenError(
-        f"after {len(rounds)} measured rounds the best plan still uses {last['used'][metric]:.1%} of the {metric} "
-        f"budget of {asked} (measured {last['measured_latency_ms']:.2f} ms, {last['measured_ratio']:.1%} of dense); "
+    measured = "the only plan measured" if len(rounds) == 1 else f"the best of {len(rounds)} plans measured"
+    name = CONSTRAINT_NAMES[metric].replace("_", " ")
+    return (
+        f"{measured} still uses {last['used'][metric]:.1%} of the {name} budget of {asked} "
+        f"({last['measured_latency_ms']:.2f} ms, {last['measured_ratio']:.1%} of dense); "
         "raise the budget, or measure on a quieter machine"
     )

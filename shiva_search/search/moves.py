@@ -5,7 +5,7 @@ Legend: M plans, P positions, C choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from shiva_search.search.candidates import Floats, Ints, Space, pick
 Predict = Callable[[Ints], Floats]
 
 
-def neighbours(space: Space, plan_P: Ints) -> Ints:
-    """All plans that differ from this one in a single position [M, P]."""
+def neighbours(space: Space, plan_P: Ints, held: Collection[int] = ()) -> Ints:
+    """All plans that differ from this one in a single position, which is none of those held [M, P]."""
     rows = []
     for p in space.free:
+        if p in held:
+            continue
         others = np.delete(np.arange(space.sizes[p]), plan_P[p])
         block = np.repeat(plan_P[None], len(others), axis=0)
         block[:, p] = others
@@ -38,8 +40,14 @@ def burden(space: Space, plans_MP: Ints) -> Floats:
     return total + pick(space.too_big.astype(float), plans_MP).sum(1)
 
 
-def repair(space: Space, plan_P: Ints, predict: Predict) -> Ints | None:
+def repair(space: Space, plan_P: Ints, predict: Predict, held: Collection[int] = ()) -> Ints | None:
     """Move a plan onto the budget: the change that costs the least error per excess removed, until all limits hold.
+
+    Args:
+        space: the limits.
+        plan_P: where to start.
+        predict: what changes do.
+        held: positions that stay as they are.
 
     Returns:
         A feasible plan [P], or None where single changes lead nowhere.
@@ -49,7 +57,7 @@ def repair(space: Space, plan_P: Ints, predict: Predict) -> Ints | None:
         over = float(burden(space, plan_P[None])[0])
         if over <= 0:
             return plan_P
-        options = neighbours(space, plan_P)
+        options = neighbours(space, plan_P, held)
         relief = over - burden(space, options)
         options, relief = options[relief > 1e-12], relief[relief > 1e-12]
         if not len(options):

@@ -43,6 +43,10 @@ class Pool:
         best = self._top_up(space, best, without)
         return best.plan_P, best.error
 
+    def error_of(self, plan_P: Ints) -> float:
+        """Error of a plan, judged now where it is not known."""
+        return self.plans.judge(plan_P, "floor").error
+
     def _refine(self, space: Space, without: frozenset[bytes]) -> None:
         sampler = TradeSampler(space, self.plans.effects, self.seed, explore=0.0)
         rng = np.random.default_rng([self.seed, self._calls])

@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from shiva_search.errors import InputError
+from shiva_search.errors import BudgetBrokenError, InputError
 from shiva_search.models.model import Model
 from shiva_search.records.budget import Budget
 from shiva_search.records.measurement import Measurement
@@ -109,7 +109,7 @@ def search(
 
     Raises:
         InfeasibleBudgetError: no plan holds the budget; names floor and limit.
-        BudgetBrokenError: none holds it as measured.
+        BudgetBrokenError: none holds it as measured; its `nearest` is the result that came nearest.
         InputError, UnavailableError: bad options, storage not there.
     """
     say = progress or (lambda line: None)
@@ -175,7 +175,7 @@ def search(
         solver=solver,
     )
     measured = closed.measured if closed else {}
-    return SearchResult(
+    result = SearchResult(
         plan=plan,
         pareto=front_rows(plans, cost, plan_of, plan_P, measured),
         trials=trial_rows(plans, cost, plan_of),
@@ -186,6 +186,11 @@ def search(
         forwards=evaluator.forwards,
         effects=whole,
     )
+    if closed is not None and closed.broken is not None:
+        refusal = BudgetBrokenError(closed.broken)
+        refusal.nearest = result
+        raise refusal
+    return result
 
 
 def _dense_if_it_fits(

@@ -8,8 +8,11 @@ from shiva_search.models.model import Model
 from shiva_search.runtime.scorers import TokenScorer
 from shiva_search.search.candidates import Ints, Space
 from shiva_search.search.fidelity import FidelityEvaluator
-from shiva_search.search.knapsack import solve_front
+from shiva_search.search.knapsack import solve, solve_front
 from shiva_search.search.study import PlanStudy
+
+#: Powers of the first-order errors whose exact solutions are judged as well: below 1 few layers pay, above 1 many.
+BENDS = (0.25, 3.0, 0.5, 2.0)
 
 
 def evaluator_for(
@@ -38,9 +41,18 @@ def evaluator_for(
     )
 
 
-def enqueue_start(plans: PlanStudy, exact_P: Ints, trials: int) -> None:
-    """The exact solution first, then exact solutions at budgets along the front."""
+def enqueue_start(plans: PlanStudy, exact_P: Ints, trials: int, *, front: bool = True) -> None:
+    """The exact solution first, then those for bent errors, then exact solutions at budgets along the front.
+
+    Errors of single layers add up only while they are small, and where much is pruned nothing says beforehand whether
+    a plan had better give up a few layers or thin out many: among the solutions for powers of the errors there may be
+    one that is a far better start.
+    """
     plans.enqueue(exact_P, "exact")
+    for power in BENDS[: trials // 6]:
+        plans.enqueue(solve(plans.space, plans.effects.errors_PC**power).plan_P, "exact")
+    if not front:
+        return
     # A dozenth of the trials at most: the front is there for the picture and for what it teaches about other budgets.
     points = min(8, trials // 12)
     if points:

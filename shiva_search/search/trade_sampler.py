@@ -1,13 +1,15 @@
 """TradeSampler: an Optuna sampler whose proposals lie on the budget. In: a space and effects. Out: plans to judge.
 
 Layers trade tokens: one gives some up, another takes what that pays for. Proposals start from the best plans judged so
-far, hold every limit as predicted, and never repeat a plan. Usable with any Optuna study whose parameters are named
-by `parameter_name` and hold choice indices.
+far, hold every limit as predicted, and never repeat a plan. Where no trade helps any more, a few layers are forced to
+do something else and the others pay for it. Usable with any Optuna study whose parameters are named by
+`parameter_name` and hold choice indices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,10 @@ from shiva_search.search.surrogate import Surrogate
 _ROUNDS, _PAIRS = 6, 48
 #: Standard deviations that the most curious proposal gives the unknown.
 _CURIOSITY = 2.0
-#: Judged plans without an improvement after which it is sought all over the space.
-_PATIENCE = 20
+#: Judged plans without an improvement after which every other proposal forces some layers to something else.
+_PATIENCE, _FORCES = 20, 0.5
+#: Ways of forcing that are looked at for a proposal, and how many layers each forces at most.
+_WAYS, _FORCED = 12, 3
 
 
 def parameter_name(space: Space, position: int) -> str:
@@ -55,6 +59,19 @@ def from_params(space: Space, params: dict[str, Any]) -> Ints:
     return plan_P
 
 
+def _least(seen: Sequence[tuple[Ints, Floats]], tried: set[bytes]) -> Ints | None:
+    """The plan of the least value that was not tried [P]; None where there is none."""
+    if not seen:
+        return None
+    plans_MP, first = np.unique(np.concatenate([plans for plans, _ in seen]), axis=0, return_index=True)
+    values = np.concatenate([values for _, values in seen])[first]
+    new = np.array([plan.tobytes() not in tried for plan in plans_MP])
+    if not new.any():
+        return None
+    found: Ints = plans_MP[new][int(np.argmin(values[new]))]
+    return found
+
+
 class TradeSampler(BaseSampler):
     """Proposes plans that trade tokens between layers and hold the budget.
 
@@ -62,7 +79,8 @@ class TradeSampler(BaseSampler):
         space: choices, costs, limits.
         effects: first-order effects; `Effects.separable(errors)` will do where only errors are known.
         seed: same seed and same finished trials, same proposal.
-        explore: share of proposals made by random trades instead of predicted ones.
+        explore: share of proposals made by random trades instead of predicted ones; 0: none, and none that forces
+            layers either.
         starts: how many of the best plans are traded from.
     """
 
@@ -134,7 +152,10 @@ class TradeSampler(BaseSampler):
         if not starts:
             starts = [solve(space, self.effects.errors_PC).plan_P]
         if rng.random() >= self.explore:
-            found = self._predicted(starts, tried, rng, min(1.0, since / _PATIENCE))
+            # 0 just after an improvement, 1 when there was none for long.
+            stuck = min(1.0, since / _PATIENCE)
+            forces = self.explore > 0 and rng.random() < _FORCES * stuck
+            found = self._forced(starts, tried, rng) if forces else self._predicted(starts, tried, rng, stuck)
             if found is not None:
                 return found
         found = self._random(starts, tried, rng)
@@ -146,52 +167,66 @@ class TradeSampler(BaseSampler):
     def _predicted(
         self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator, stuck: float
     ) -> Ints | None:
-        """Best untried plan by an optimistic prediction, after rounds of exhaustive pair trades from each start.
+        """Best untried plan by an optimistic prediction, after rounds of exhaustive pair trades from a start or two.
 
         Args:
             starts: best plans first.
             tried: not to be proposed.
             rng: varies the optimism.
-            stuck: 0 just after an improvement, 1 when there was none for long: how far to look around.
+            stuck: from 0 to 1, how far to look around.
         """
-        space, surrogate = self.space, self.surrogate
         # How much the unknown may promise varies from proposal to proposal: from trusting to curious.
         curiosity = rng.uniform(0.0, _CURIOSITY) * stuck
-        others = [starts[int(rng.integers(len(starts)))], *self._anywhere(rng)] if rng.random() < stuck else []
-
-        def promise(plans_MP: Ints) -> Floats:
-            errors, spread = surrogate.predict(plans_MP)
-            return errors - curiosity * spread
-
-        pool: list[tuple[Ints, Floats]] = []
-        for plan_P in [starts[0], *others]:
-            for _ in range(_ROUNDS):
-                around = np.concatenate([plan_P[None], neighbours(space, plan_P)])
-                change_MS, left_M = surrogate.change(around)
-                errors, spread = surrogate.judge(change_MS, left_M)
-                holds = space.feasible(around)
-                pairs = trades(space, plan_P, change_MS[1:] - change_MS[0], around[1:], change_MS[0], most=_PAIRS)
-                plans_MP = np.concatenate([around[holds], pairs])
-                values = np.concatenate([errors[holds] - curiosity * spread[holds], promise(pairs)])
-                pool.append((plans_MP, values))
-                best = int(np.argmin(values))
-                if np.array_equal(plans_MP[best], plan_P):
-                    break
-                plan_P = plans_MP[best]
-        plans_MP, first = np.unique(np.concatenate([plans for plans, _ in pool]), axis=0, return_index=True)
-        values = np.concatenate([item for _, item in pool])[first]
-        new = np.array([plan.tobytes() not in tried for plan in plans_MP])
-        if not new.any():
+        others = [starts[int(rng.integers(len(starts)))]] if rng.random() < stuck else []
+        best_P = _least([seen for plan_P in [starts[0], *others] for seen in self._around(plan_P, curiosity)], tried)
+        if best_P is None:
             return None
-        best_P = plans_MP[new][int(np.argmin(values[new]))]
-        filled = fill(space, best_P, promise, steps=2)
+        filled = fill(self.space, best_P, partial(self._promise, curiosity=curiosity), steps=2)
         return best_P if filled.tobytes() in tried else filled
 
-    def _anywhere(self, rng: np.random.Generator) -> list[Ints]:
-        """Plans on the budget from all over the space: what is best near the best plan need not be best."""
-        drawn = [rng.integers(0, self.space.sizes) for _ in range(self.starts - 1)]
-        moved = [repair(self.space, plan_P, self._rough(rng)) for plan_P in drawn]
-        return [plan_P for plan_P in moved if plan_P is not None]
+    def _forced(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
+        """As _predicted, from starts of which a few layers were forced to something else, which they keep doing.
+
+        No trade of two layers may help, and a plan far away still be better: what one layer does is worth most where
+        several others make room for it.
+        """
+        space = self.space
+        curiosity = rng.uniform(0.0, _CURIOSITY)
+        seen: list[tuple[Ints, Floats]] = []
+        for _ in range(_WAYS if len(space.free) else 0):
+            plan_P = starts[int(rng.integers(len(starts)))].copy()
+            count = min(len(space.free), int(rng.integers(1, _FORCED + 1)))
+            forced = {int(p) for p in rng.choice(space.free, size=count, replace=False)}
+            for p in sorted(forced):
+                plan_P[p] = rng.integers(space.sizes[p])
+            moved = repair(space, plan_P, self.surrogate.errors, forced)
+            if moved is not None:
+                seen += self._around(moved, curiosity, forced)
+        return _least(seen, tried)
+
+    def _around(self, plan_P: Ints, curiosity: float, held: Collection[int] = ()) -> list[tuple[Ints, Floats]]:
+        """Plans met on the way down from one, by trades of two layers, and what each promises."""
+        space, surrogate = self.space, self.surrogate
+        seen: list[tuple[Ints, Floats]] = []
+        for _ in range(_ROUNDS):
+            around = np.concatenate([plan_P[None], neighbours(space, plan_P, held)])
+            change_MS, left_M = surrogate.change(around)
+            errors, spread = surrogate.judge(change_MS, left_M)
+            holds = space.feasible(around)
+            pairs = trades(space, plan_P, change_MS[1:] - change_MS[0], around[1:], change_MS[0], most=_PAIRS)
+            plans_MP = np.concatenate([around[holds], pairs])
+            values = np.concatenate([errors[holds] - curiosity * spread[holds], self._promise(pairs, curiosity)])
+            seen.append((plans_MP, values))
+            best = int(np.argmin(values))
+            if np.array_equal(plans_MP[best], plan_P):
+                break
+            plan_P = plans_MP[best]
+        return seen
+
+    def _promise(self, plans_MP: Ints, curiosity: float) -> Floats:
+        """Expected errors less what the unknown may promise [M]."""
+        errors, spread = self.surrogate.predict(plans_MP)
+        return np.asarray(errors - curiosity * spread)
 
     def _random(self, starts: Sequence[Ints], tried: set[bytes], rng: np.random.Generator) -> Ints | None:
         """A few random changes to one of the starts, moved back onto the budget; wider and wider until one is new."""

@@ -118,11 +118,20 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
             },
         )
 
+    broken = False
     with clock("search"):
         try:
-            result = find(cost, _tighter(budget, AIM), trials=settings.trials)
-        except InfeasibleBudgetError:  # the floor lies between the aim and the budget
-            result = find(cost, budget, trials=settings.trials)
+            try:
+                result = find(cost, _tighter(budget, AIM), trials=settings.trials)
+            except InfeasibleBudgetError:  # the floor lies between the aim and the budget
+                result = find(cost, budget, trials=settings.trials)
+        except BudgetBrokenError as error:
+            if error.nearest is None or error.nearest.measurement is None:
+                raise
+            result = error.nearest
+            broken = not holds(budget, error.nearest.measurement)  # it may lie between the aim and the budget
+            if broken:
+                progress("no plan holds the budget as measured; the nearest one is kept, untrained")
     plan, rounds = plan_of(result), list(result.rounds)
     plan.save(run.plan)
     tables.write_trials(run.trials, result.trials)
@@ -140,15 +149,17 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
             tables.write_training(run.training_csv, curve)
 
     with clock("tune"):
-        train(plan, settings.train_steps, settings.seed, run.path / ".tune.pt")
+        train(plan, 0 if broken else settings.train_steps, settings.seed, run.path / ".tune.pt")
     (run.path / ".tune.pt").unlink(missing_ok=True)  # done: a later training starts from the selector
 
     with clock("measure"):
-        progress("measuring the plan against the dense model")
         # The loop has measured the plan; what counts is that a fresh measurement holds as well.
-        trained_at, final = plan, _measure_afresh(measure, budget, plan)
+        trained_at, final = plan, result.measurement
+        if not broken or final is None:
+            progress("measuring the plan against the dense model")
+            final = _measure_afresh(measure, budget, plan)
         for again in range(1, FINAL_ROUNDS + 1):
-            if holds(budget, final):
+            if broken or holds(budget, final):
                 break
             progress(f"a fresh measurement takes {final.ratio:.1%} of dense and breaks the budget; searching below it")
             try:

@@ -157,9 +157,17 @@ def test_a_second_budget_that_breaks_is_met_by_choosing_again(model, cost) -> No
 
 def test_a_device_on_which_nothing_fits_is_refused_with_figures(model, cost) -> None:
     device = ScriptedDevice(cost, lambda plan: 3.0)
-    with pytest.raises(BudgetBrokenError, match=r"measured .* ms, .*% of dense") as refusal:
+    with pytest.raises(
+        BudgetBrokenError, match=r"of the latency budget of 45.0% of dense \(.* ms, .*% of dense"
+    ) as refusal:
         run(model, cost, Budget(shares={"latency_ms": 0.45}), device)
     assert refusal.value.exit_code == 5
+    # What came nearest comes with the refusal, judged and measured.
+    nearest = refusal.value.nearest
+    assert nearest is not None and nearest.measurement is not None
+    least = min(nearest.rounds, key=lambda row: row["measured_ratio_high"])
+    assert [list(row) for row in nearest.plan.tokens_kept] == least["tokens_kept"]
+    assert 0 < nearest.plan.fidelity["error"] < 10
     # The floor itself was tried: every layer but the first skipped.
     assert any(plan.tokens_kept == ((64, 0, 0, 0, 0),) for plan in device.asked)
 
