@@ -121,6 +121,46 @@ def test_finds_interactions_that_the_exact_solution_does_not_see() -> None:
     assert np.mean(gains) < 0.1
 
 
+def test_forcing_a_layer_finds_what_takes_three_changes() -> None:
+    """Layers 1 and 2 undo each other's errors, and only both together save as much as layer 3, which is dropped."""
+    layers, ks = 9, (0, 16, 32, 48, 64)
+    units = (4.0, 1.0, 1.0, 2.0, *[1.5] * 5)
+    latency = tuple(tuple(unit * k / 64 for k in (ks if layer else (64,))) for layer, unit in enumerate(units))
+    space = Space(64, layers, (1.0,), ((64,), *[ks] * 8), {"latency_ms": latency}, {"latency_ms": 0.0})
+    space = space.with_limits(latency_ms=sum(units) - 2.0)
+    dropped = 1 - space.kept / 64
+    vectors = np.zeros((*dropped.shape, layers))
+    for layer in range(3, layers):
+        vectors[layer, :, layer] = 0.3 * dropped[layer] if layer == 3 else 3.0 * dropped[layer]
+    vectors[1, :, 0], vectors[2, :, 0] = dropped[1], -dropped[2]
+    vectors[2, :, 3] = 0.2 * dropped[2]  # so that there is no way over plans that drop all three
+    start, best = space.dense.copy(), space.dense.copy()
+    start[3], best[[1, 2]] = 0, 0
+
+    def error_of(plan_P: np.ndarray) -> float:
+        return float((vectors[np.arange(layers), plan_P].sum(0) ** 2).sum())
+
+    assert error_of(best) < error_of(start)
+    sampler, tried = TradeSampler(space, Effects((vectors**2).sum(-1), vectors)), {start.tobytes()}
+    # No trade of two layers is an improvement, and a sampler that trusts what it knows stays where it is.
+    seen = np.concatenate([plans for plans, _ in sampler._around(start, curiosity=0.0)])
+    assert min(map(error_of, seen)) == error_of(start)
+    found = [sampler._forced([start], tried, np.random.default_rng(seed)) for seed in range(8)]
+    assert all(space.feasible(plan[None])[0] and not np.array_equal(plan, start) for plan in found)
+    assert any(np.array_equal(plan, best) for plan in found)
+
+
+def test_layers_that_are_held_stay_as_they_are() -> None:
+    space, effects = small_space(3)
+    start = space.dense
+    surrogate = Surrogate(space, effects)
+    assert all((plan[[1, 4]] == start[[1, 4]]).all() for plan in neighbours(space, start, {1, 4}))
+    assert len(neighbours(space, start, {1, 4})) == len(neighbours(space, start)) - int((space.sizes[[1, 4]] - 1).sum())
+    moved = repair(space, start, surrogate.errors, {1, 4})
+    assert moved is not None and space.feasible(moved[None])[0] and (moved[[1, 4]] == start[[1, 4]]).all()
+    assert repair(space, start, surrogate.errors, set(map(int, space.free))) is None
+
+
 def test_a_space_with_nothing_left_is_exhausted() -> None:
     space, effects = small_space(0, layers=3, width=3, share=0.7)
     sampler, tried = TradeSampler(space, effects, 0), set()
