@@ -270,7 +270,7 @@ def remove_plan(target: Any) -> None:
 
 def measure(
     model: Model,
-    plan: Plan,
+    plan: Plan | str | Path,
     device: str = "cpu",
     *,
     selector: Selector = None,
@@ -279,19 +279,25 @@ def measure(
 ) -> Measurement:
     """Measure the planned model against the dense one, interleaved, on the device.
 
+    Args:
+        plan: a Plan, or what `apply_plan` reads one from: plan.json, a run's folder, a hub id.
+        selector: see `apply_plan`.
+        seconds: of measuring.
+
     Raises:
         InputError, UnavailableError: the plan does not fit, or the device is not there.
     """
     from shiva_search.devices import open_device
     from shiva_search.profiling.end_to_end import measure_plans
 
+    plan = plan if isinstance(plan, Plan) else from_pretrained(plan)
     scorer = _scorer_of(plan, selector)
     return measure_plans(model, [plan], open_device(device), scorer_for=lambda _: scorer, seconds=seconds, seed=seed)[0]
 
 
 def fidelity(
     model: Model,
-    plan: Plan,
+    plan: Plan | str | Path,
     selector: Selector = None,
     *,
     split: str = "calibration",
@@ -301,10 +307,11 @@ def fidelity(
     """The quality figure the search minimises: normalised squared error of the output against the dense model's.
 
     sum ||v_planned - v_dense||^2 / sum ||v_dense||^2 over samples at stratified timesteps; 0 is identical, lower is
-    better.
+    better. The plan is a Plan, or what `apply_plan` reads one from.
     """
     from shiva_search.search.fidelity import fidelity as evaluate
 
+    plan = plan if isinstance(plan, Plan) else from_pretrained(plan)
     return evaluate(model, plan, _scorer_of(plan, selector), split=split, samples=samples, seed=seed)
 
 

@@ -25,3 +25,8 @@ def test_search_is_the_function_also_after_its_room_was_imported(first: str) -> 
         "assert ss.search is search\nassert callable(search)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_workload_without_such_a_field_is_refused_by_name() -> None:
+    with pytest.raises(ss.ShivaError, match="a workload has no 'colour'; it has batch"):
+        ss.load_model("fashion-dit", colour="red")

@@ -13,6 +13,7 @@ from diffusers import DiTTransformer2DModel
 
 import shiva_search as ss
 from shiva_search.cli import main
+from shiva_search.cost.cost_model import load_cost_model
 from shiva_search.records.budget import Budget
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
@@ -141,11 +142,14 @@ def test_where_no_plan_holds_the_budget_the_nearest_one_is_kept_with_its_figures
 
     def slow(*arguments, **options) -> list[Measurement]:
         found = measure(*arguments, **options)
-        return [replace(item, ratio=3 * item.ratio, ratio_high=3 * item.ratio_high) for item in found]
+        return [
+            replace(item, latency_ms=3 * item.latency_ms, ratio=3 * item.ratio, ratio_high=3 * item.ratio_high)
+            for item in found
+        ]
 
     monkeypatch.setattr(optimize, "measure_plans", slow)
     assert call("optimize", "--model", str(folder), "--max-latency", "75%", "--out", "reports/slow", *FAST) == 5
-    assert "over the budget of 75.0% of dense" in capsys.readouterr().err.splitlines()[-1]
+    assert "(75 % of dense) after all corrections" in capsys.readouterr().err.splitlines()[-1]
     kept, summary = Plan.from_file("reports/slow"), json.loads(Path("reports/slow/summary.json").read_text())
     assert summary["holds"] is False and len(summary["rounds"]) > 1
     least = min(summary["rounds"], key=lambda row: row["measured_ratio_high"])
@@ -191,6 +195,22 @@ def test_compare_measures_the_plan_next_to_what_a_user_could_do_instead(
     assert "selects no tokens" in said and "no uniform keep, stride, is as fast" in said
 
 
+def test_a_recording_does_not_take_the_place_of_what_was_measured(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    before = (run / "summary.json").read_bytes()
+    assert call("measure", str(run), "--device", f"replay:profiles/cpu/{folder.name}") == 2
+    assert "would put a prediction in the place of what was measured" in capsys.readouterr().err
+    assert (run / "summary.json").read_bytes() == before
+
+
+def test_a_plan_in_a_folder_is_measured_and_judged_as_the_plan_itself(run: Path, folder: Path) -> None:
+    model = ss.load_model(str(folder))
+    assert ss.fidelity(model, run, samples=4) == ss.fidelity(model, Plan.from_file(run), samples=4)
+    assert ss.measure(model, str(run), seconds=0.5).tokens_kept == Plan.from_file(run).tokens_kept
+
+
 def test_the_run_goes_on_a_transformer_in_one_call(run: Path, folder: Path) -> None:
     module = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
     inputs = {
@@ -215,6 +235,12 @@ def test_a_foreign_model_is_refused(run: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ss.InputError, match="another model"):
         ss.apply_plan(other, run)
+
+
+def test_costs_of_another_model_are_not_searched_on(run: Path) -> None:
+    cost = load_cost_model(run)
+    with pytest.raises(ss.ShivaError, match=r"the cost model is of config_hash .*profile this model"):
+        ss.search(ss.load_model(), cost, Budget(shares={"latency_ms": 0.6}))
 
 
 def test_a_budget_below_the_floor_names_the_floor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from shiva_search.errors import InputError
@@ -52,7 +52,15 @@ class Workload:
             raise InputError(f"--text-tokens must not be negative, got {self.text_tokens}")
 
     def override(self, **changes: Any) -> Workload:
-        """This workload with the given fields replaced where they are not None."""
+        """This workload with the given fields replaced where they are not None.
+
+        Raises:
+            InputError: there is no such field, or a bad value.
+        """
+        known = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InputError(f"a workload has no {name!r}; it has {', '.join(known)}")
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Find the plan: quality of plans, exact solutions, studies, and the loop that holds the budget as measured."""
 
+from shiva_search.search.candidates import check_layout
 from shiva_search.search.closed_loop import holds
 from shiva_search.search.feasibility import check_budget
 from shiva_search.search.fidelity import FidelityEvaluator, fidelity
@@ -14,6 +15,7 @@ __all__ = [
     "TradeSampler",
     "check_attend",
     "check_budget",
+    "check_layout",
     "fidelity",
     "holds",
     "join_study",

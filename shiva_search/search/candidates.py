@@ -233,6 +233,18 @@ def pick(table_PC: Floats, plans_MP: Ints) -> Floats:
     return table_PC[np.arange(plans_MP.shape[1]), plans_MP]
 
 
+def check_layout(min_keep: float | None, segments: int) -> None:
+    """Refuse what no space can be laid out with.
+
+    Raises:
+        InputError: min_keep or segments out of range.
+    """
+    if min_keep is not None and not 0 < min_keep <= 1:
+        raise InputError(f"--min-keep is a share of tokens in (0, 1], got {min_keep}; write for example 0.1")
+    if segments < 1:
+        raise InputError(f"--segments must be at least 1, got {segments}")
+
+
 def build_space(
     model: Planned,
     cost: PlanCost,
@@ -256,11 +268,8 @@ def build_space(
         InputError: min_keep or segments out of range.
         UnavailableError: a limit is on a quantity this profile lacks.
     """
-    if min_keep is not None and not 0 < min_keep <= 1:
-        raise InputError(f"--min-keep is a share of tokens in (0, 1], got {min_keep}")
+    check_layout(min_keep, segments if isinstance(segments, int) else len(segments))
     if isinstance(segments, int):
-        if segments < 1:
-            raise InputError(f"--segments must be at least 1, got {segments}")
         segments = [(i / segments, (i + 1) / segments) for i in range(segments)]
     floor = 0 if min_keep is None else min_keep * model.tokens
     variants = variants or [[PLAIN]] * model.layer_count

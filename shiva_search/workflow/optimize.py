@@ -24,7 +24,7 @@ from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
 from shiva_search.records.run import RunFolder
 from shiva_search.reporting import tables
-from shiva_search.search import SearchResult, check_attend, check_budget, holds, search
+from shiva_search.search import SearchResult, check_attend, check_budget, check_layout, holds, search
 from shiva_search.search.fidelity import fidelity
 from shiva_search.search.samplers import SAMPLERS
 from shiva_search.workflow.answer import Answer, Progress
@@ -58,6 +58,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
         raise InputError("optimize needs a budget; write for example --max-latency 50ms or --max-latency 60%")
     check_bypass(settings.bypass, settings.bypass_rank)
     check_attend(settings.attend)
+    check_layout(settings.min_keep, settings.segments)
     if settings.sampler not in SAMPLERS:
         raise InputError(f"--sampler is one of {', '.join(SAMPLERS)}, got {settings.sampler!r}")
     run = RunFolder(out or Path("reports") / _run_name(settings))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shiva_search.devices import check_sensors
+from shiva_search.errors import InputError
 from shiva_search.profiling.end_to_end import measure_plans
 from shiva_search.records.files import read_json, write_json
 from shiva_search.reporting import tables
@@ -47,8 +48,17 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
 
 
 def measure_command(path: Path, *, device: str | None, seconds: float, seed: int, progress: Progress) -> Answer:
-    """`shiva-search measure RUN`: apply, measure again, predicted next to measured."""
+    """`shiva-search measure RUN`: apply, measure again, predicted next to measured.
+
+    Raises:
+        InputError: no run there, or a recording is to be asked in place of the run's device.
+    """
     run = open_run(path, device)
+    if run.device.name.startswith("replay:") and run.device.name != run.settings.device:
+        raise InputError(
+            f"{run.device.name} is a recording and would put a prediction in the place of what was measured; "
+            "leave --device out, or name a real one"
+        )
     check_sensors(run.device, run.settings.budget)
     scorer = run.scorer()
     progress(f"measuring for {seconds:.0f} s")
