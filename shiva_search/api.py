@@ -55,6 +55,11 @@ def wrap(
     """
     from shiva_search.models.catalog import as_model
 
+    if example is not None and not isinstance(example, Mapping):
+        raise InputError(
+            f"an example is a dict of one forward's keyword arguments, got a {type(example).__name__}; "
+            "write for example dict(hidden_states=x, timestep=t)"
+        )
     if example is not None and family_of(type(module).__name__) is None:
         return _probed(module, example, name or type(module).__name__)
     model = as_model(module, name or type(module).__name__, "wrapped", workload.as_dict() if workload else None)

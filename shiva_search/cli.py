@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
         message = " ".join(error.format_message().split()) if hasattr(error, "format_message") else str(error)
         context = getattr(error, "ctx", None)
         command = f" {context.info_name}" if context is not None and context.parent is not None else ""
-        _say(f"error: {message}; `shiva-search{command} --help` shows the usage")
+        _say(f"error: {message.rstrip('.')}; `shiva-search{command} --help` shows the usage")
         sys.exit(2)
     except ShivaError as error:
         if verbose:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from shiva_search.search import SearchResult
+from typing import Any
 
 
 class ShivaError(Exception):
@@ -38,4 +35,4 @@ class BudgetBrokenError(ShivaError):
     """
 
     exit_code = 5
-    nearest: SearchResult | None = None
+    nearest: Any = None

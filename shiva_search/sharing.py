@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shiva_search import __version__
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.records.files import write_text
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Plan, choice_in_words
 
 if TYPE_CHECKING:
     import torch
@@ -163,11 +163,13 @@ def card(plan: Plan, *, has_selector: bool, rank: int | None) -> str:
             "",
             "## Tokens kept",
             "",
-            "| time (1 is noise) | tokens kept per block, 0 skips it |",
+            "+r16: rejected tokens take a bypass of rank 16 instead of standing still. *: kept tokens attend to all.",
+            "",
+            "| time (1 is noise) | tokens kept per block, 0 skips it (or, with a bypass, replaces it) |",
             "|---|---|",
             *(
-                f"| {low:g} to {high:g} | {' '.join(map(str, row))} |"
-                for (low, high), row in zip(plan.segments, plan.tokens_kept, strict=True)
+                f"| {low:g} to {high:g} | {' '.join(choice_in_words(choice, plan.tokens) for choice in row)} |"
+                for (low, high), row in zip(plan.segments, plan.rows, strict=True)
             ),
             "",
             "## Cost of one denoising step",

@@ -30,3 +30,11 @@ def test_search_is_the_function_also_after_its_room_was_imported(first: str) -> 
 def test_a_workload_without_such_a_field_is_refused_by_name() -> None:
     with pytest.raises(ss.ShivaError, match="a workload has no 'colour'; it has batch"):
         ss.load_model("fashion-dit", colour="red")
+
+
+def test_arguments_of_another_kind_are_refused_with_what_to_write() -> None:
+    model = ss.load_model()
+    with pytest.raises(ss.ShivaError, match="of train, calibration, evaluation, got 8 of 'foo'"):
+        model.batch("foo", 8)
+    with pytest.raises(ss.ShivaError, match="an example is a dict of one forward's keyword arguments, got a tuple"):
+        ss.wrap(model.module, example=(1,))

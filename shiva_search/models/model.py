@@ -174,11 +174,18 @@ class Model:
             split: "train", "calibration" (search) or "evaluation" (reported figures).
             count: samples.
             seed: same seed, same batch.
+
+        Raises:
+            InputError: no such split, or no samples.
         """
+        offsets = {"train": 0, "calibration": 1, "evaluation": 2}
+        if split not in offsets or count < 1:
+            raise InputError(
+                f"a batch is 1 sample or more of {', '.join(offsets)}, got {count} of {split!r}; name one of these"
+            )
         if self.calibration is not None:
             return self.calibration(split, count, seed)
-        offset = {"train": 0, "calibration": 1, "evaluation": 2}[split]
-        generator = torch.Generator().manual_seed(3 * seed + offset)
+        generator = torch.Generator().manual_seed(3 * seed + offsets[split])
         t_B = stratified_times(count, generator)
         workload = Workload(**{**self.workload.as_dict(), "batch": count, "guidance": False})
         inputs = self.family.example(self.config, workload, generator)

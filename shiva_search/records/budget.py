@@ -22,6 +22,8 @@ _KINDS = {
     "mean_keep": ("mean keep", "", "0.6", "none: a share between 0 and 1"),
 }
 METRICS = tuple(_KINDS)
+#: Shares of the dense model above this are a slip: 60 in the place of 0.6.
+_MOST_SHARE = 10.0
 
 
 @cache
@@ -120,6 +122,12 @@ class Budget:
                 )
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise InputError(f"{a_budget(metric)} must be above zero, got {value!r}")
+        for metric, share in self.shares.items():
+            if share > _MOST_SHARE:
+                raise InputError(
+                    f"{a_budget(metric)} of {share:.0%} of the dense model limits nothing; write 60% "
+                    f'(in code Budget(shares={{"{metric}": 0.6}}))'
+                )
         if self.mean_keep is not None and self.mean_keep > 1:
             raise InputError(f"a mean keep is a share of tokens in (0, 1], got {self.mean_keep}")
 

@@ -88,6 +88,14 @@ def row_from_json(row: Sequence[Any]) -> tuple[Kept, ...]:
     return tuple(Kept(*entry) if isinstance(entry, list) else Kept(entry) for entry in row)
 
 
+def choice_in_words(choice: int, tokens: int) -> str:
+    """What a layer does: "784", "320", "320+r16" with a bypass of rank 16, "320*" where kept tokens attend to all."""
+    kept = Kept.of(choice)
+    if kept >= tokens:
+        return str(int(kept))
+    return f"{int(kept)}{'*' if kept > 0 and kept.attend == 'all' else ''}{f'+r{kept.rank}' if kept.rank else ''}"
+
+
 class Planned(Protocol):
     """What a plan needs to know of a model (models.Model is one)."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from shiva_search.records.files import write_text
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Plan, choice_in_words
 from shiva_search.records.run import Summary
 from shiva_search.reporting import plots
 from shiva_search.reporting.reading import MAKES, RunFiles, is_chosen, kept_rows, read_run
@@ -22,7 +22,6 @@ from shiva_search.reporting.tables import Row
 from shiva_search.reporting.words import (
     UNITS,
     Footnotes,
-    choice_in_words,
     cost_in_words,
     error_in_words,
     figure_in_words,

@@ -22,11 +22,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from shiva_search.records.cost import COST_FIELD
 from shiva_search.records.files import write_atomic
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Plan, choice_in_words
 from shiva_search.records.run import Summary
 from shiva_search.reporting.reading import is_chosen, plan_row
 from shiva_search.reporting.tables import Row
-from shiva_search.reporting.words import UNITS, choice_in_words, number, part_of, percent
+from shiva_search.reporting.words import UNITS, number, part_of, percent
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision; shapes differ as well.
 PREDICTED, MEASURED, INK, QUIET, FAINT = "#0072b2", "#d55e00", "#222222", "#6b6b6b", "#c9c9c9"

@@ -62,7 +62,10 @@ def read_run(run_dir: Path) -> RunFiles:
     """
     folder = RunFolder(run_dir)
     if not any((run_dir / name).is_file() for name in MAKES):
-        raise InputError(f"no file of a run in {run_dir}; make one with `shiva-search optimize --out {run_dir}`")
+        raise InputError(
+            f"no file of a run in {run_dir}; make one with, for example, "
+            "`shiva-search optimize --max-latency 60% --out reports/run`"
+        )
     plan = Plan.from_file(folder.plan) if folder.plan.is_file() else None
     return RunFiles(
         folder=folder,

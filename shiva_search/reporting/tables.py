@@ -19,12 +19,11 @@ from rich.text import Text
 from shiva_search.errors import InputError
 from shiva_search.records.cost import COST_FIELD
 from shiva_search.records.files import write_atomic
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Plan, choice_in_words
 from shiva_search.records.run import Summary
 from shiva_search.reporting.words import (
     UNITS,
     Footnotes,
-    choice_in_words,
     cost_in_words,
     error_in_words,
     limits_in_words,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from shiva_search.records.cost import COST_FIELD
-from shiva_search.records.plan import Kept, Plan
+from shiva_search.records.plan import Plan
 from shiva_search.records.run import Summary
 
 #: Cost field -> its name in words and its unit.
@@ -149,14 +149,6 @@ def plan_in_words(plan: Plan) -> str:
         f"{_are(kept.count(plan.tokens), 'keeps', 'keep')} all {plan.tokens}; "
         f"{percent(plan.mean_keep)} of all tokens are processed{more}"
     )
-
-
-def choice_in_words(choice: int, tokens: int) -> str:
-    """What a layer does: "784", "320", "320+r16" with a bypass of rank 16, "320*" where kept tokens attend to all."""
-    kept = Kept.of(choice)
-    if kept >= tokens:
-        return str(int(kept))
-    return f"{int(kept)}{'*' if kept > 0 and kept.attend == 'all' else ''}{f'+r{kept.rank}' if kept.rank else ''}"
 
 
 def _are(count: int, one: str, more: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from shiva_search.devices import check_sensors
 from shiva_search.errors import InputError
@@ -29,6 +32,7 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
     start = run.scorer()
     if isinstance(start, str):
         start = Router.for_model(run.model, seed=seed)
+    begun = copy.deepcopy(start.state_dict())
     router, curve = tuned_selector(
         run.model, run.plan, start, steps=train_steps, seed=seed, checkpoint=checkpoint, progress=progress
     )
@@ -43,8 +47,12 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
     if run.folder.summary.is_file():
         write_json(run.folder.summary, {**read_json(run.folder.summary, "summary"), "error": error})
     build_report(path)
-    summary = {"run": str(path), "steps": train_steps, "error": error, "selector": str(run.folder.selector)}
-    return Answer(summary, lambda: f"error on held-out inputs after {train_steps} more steps: {error:.4f}")
+    kept = any(not torch.equal(value, begun[name]) for name, value in router.state_dict().items())
+    summary = {
+        "run": str(path), "steps": train_steps, "changed": kept, "error": error, "selector": str(run.folder.selector),
+    }  # fmt: skip
+    after = f"after {train_steps} more steps" if kept else f"; {train_steps} more steps did not help and are not kept"
+    return Answer(summary, lambda: f"error on held-out inputs {after}: {error:.4f}".replace(" ;", ";"))
 
 
 def measure_command(path: Path, *, device: str | None, seconds: float, seed: int, progress: Progress) -> Answer:

@@ -87,3 +87,8 @@ def test_mean_keep_is_at_most_one() -> None:
 def test_a_metric_that_is_not_known_is_named_with_those_that_are() -> None:
     with pytest.raises(InputError, match="one of latency_ms, .*, got 'latency'"):
         Budget.parse({"latency": "60%"})
+
+
+def test_a_share_that_was_meant_as_a_percentage_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a latency budget of 6000% of the dense model limits nothing; write 60%"):
+        Budget(shares={"latency_ms": 60})

@@ -206,7 +206,7 @@ class TestInterruptedRun:
 
 class TestRefusals:
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"no file of a run.*optimize --out"):
+        with pytest.raises(InputError, match=r"no file of a run.*optimize --max-latency 60% --out"):
             build_report(tmp_path)
         assert not list(tmp_path.iterdir())
 
