@@ -180,7 +180,11 @@ def test_compare_measures_the_plan_next_to_what_a_user_could_do_instead(
     assert {"searched plan, trained selector", "uniform keep, stride", "dense"} <= table.keys()
     assert json.loads(table["uniform keep, stride"]["settings"])[0][1] < 400
     assert float(table["dense"]["error"]) == 0 and "noise" in table["dense"]["note"]
-    assert table["searched plan, trained selector"]["note"] in ("holds the budget", "breaks the budget")
+    assert table["searched plan, trained selector"]["note"].split(":")[0] in (
+        "holds the budget",
+        "breaks the budget",
+        "too noisy to tell whether it holds the budget",
+    )
     capsys.readouterr()
 
     # A plan that selects nothing and is faster than a token per layer: no scorers to compare, no uniform keep.
