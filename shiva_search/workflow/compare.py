@@ -84,7 +84,8 @@ def compare_command(path: Path, *, seconds: float, seed: int, progress: Progress
     tables.write_compare(run.folder.compare, table)
     build_report(path)
     lines = [
-        f"{row['method']:<34} {found.ratio:7.1%} (at most {found.ratio_high:.1%})  error {row['error']:.4f}  {row['note']}"
+        f"{row['method']:<34} {found.ratio:7.1%} (at most {found.ratio_high:.1%})  "
+        f"error {row['error']:.4f}  {row['note']}"
         for row, found in zip(table, measured, strict=True)
     ]
     return Answer({"run": str(path), "alternatives": table}, lambda: "\n".join(lines))
