@@ -51,8 +51,8 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
     summary = {
         "run": str(path), "steps": train_steps, "changed": kept, "error": error, "selector": str(run.folder.selector),
     }  # fmt: skip
-    after = f"after {train_steps} more steps" if kept else f"; {train_steps} more steps did not help and are not kept"
-    return Answer(summary, lambda: f"error on held-out inputs {after}: {error:.4f}".replace(" ;", ";"))
+    said = f"after {train_steps} more steps" if kept else f"as before: {train_steps} more steps did not help"
+    return Answer(summary, lambda: f"error on held-out inputs {said}: {error:.4f}")
 
 
 def measure_command(path: Path, *, device: str | None, seconds: float, seed: int, progress: Progress) -> Answer:
