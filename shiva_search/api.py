@@ -136,6 +136,7 @@ def search(
 
     Raises:
         InfeasibleBudgetError: no plan fits; names the floor and the budget that binds.
+        BudgetBrokenError: none holds it as measured; its `nearest` is the result that came nearest.
         InputError: bad options, or costs of another model or workload.
     """
     from shiva_search.profiling.block_profiler import check_same
@@ -249,7 +250,7 @@ def apply_plan(
         InputError: the plan, or what was trained for it, does not fit the model, naming what differs; a negative reuse.
         UnavailableError: there is no such folder or repository.
     """
-    plan = plan if isinstance(plan, Plan) else from_pretrained(plan)
+    plan = _plan_of(plan)
     model = _as_model(target, plan)
     plan.check_model(model.fingerprint())
     scorer = _scorer_of(plan, selector)
@@ -295,7 +296,7 @@ def measure(
     from shiva_search.devices import open_device
     from shiva_search.profiling.end_to_end import measure_plans
 
-    plan = plan if isinstance(plan, Plan) else from_pretrained(plan)
+    plan = _plan_of(plan)
     scorer = _scorer_of(plan, selector)
     return measure_plans(model, [plan], open_device(device), scorer_for=lambda _: scorer, seconds=seconds, seed=seed)[0]
 
@@ -316,7 +317,7 @@ def fidelity(
     """
     from shiva_search.search.fidelity import fidelity as evaluate
 
-    plan = plan if isinstance(plan, Plan) else from_pretrained(plan)
+    plan = _plan_of(plan)
     return evaluate(model, plan, _scorer_of(plan, selector), split=split, samples=samples, seed=seed)
 
 
@@ -341,6 +342,10 @@ def optimize(
         resume=resume,
         progress=progress or (lambda _: None),
     ).summary
+
+
+def _plan_of(plan: Plan | str | Path) -> Plan:
+    return plan if isinstance(plan, Plan) else from_pretrained(plan)
 
 
 def _as_model(target: Any, plan: Plan) -> Model:

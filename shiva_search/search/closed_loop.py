@@ -181,7 +181,7 @@ def close_loop(
     found = held or nearest
     assert (
         found is not None
-    )  # a round ends with the one or the other, and the cheapest plan is always there to be tried
+    )  # the cheapest plan is always there to be tried, and a round ends with the one or the other
     found.cost, found.space, found.rounds, found.measured = cost, space, rounds, measured
     if held is None:
         found.broken = _said_of(budget, rounds)

@@ -49,6 +49,7 @@ def enqueue_start(plans: PlanStudy, exact_P: Ints, trials: int, *, front: bool =
     one that is a far better start.
     """
     plans.enqueue(exact_P, "exact")
+    # One for every six trials: a short search has little to spend on where to begin.
     for power in BENDS[: trials // 6]:
         plans.enqueue(solve(plans.space, plans.effects.errors_PC**power).plan_P, "exact")
     if not front:

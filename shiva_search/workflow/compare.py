@@ -32,7 +32,7 @@ def compare_command(path: Path, *, seconds: float, seed: int, progress: Progress
     trained = run.scorer()
     rows: list[tuple[str, Plan, TokenScorer | str]] = [("searched plan, trained selector", plan, trained)]
     if not _selects(plan):
-        progress("the plan skips blocks and selects no tokens: what ranks them makes no difference")
+        progress("the plan selects no tokens: what ranks them makes no difference")
     for name in SCORERS if _selects(plan) else ():
         untrained: TokenScorer | str = name
         if isinstance(trained, BypassBank):  # the plan asks for a bypass, whatever ranks the tokens

@@ -141,7 +141,7 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     def train(plan: Plan, steps: int, seed: int, checkpoint: Path | None) -> None:
         nonlocal router, curve
         if steps and not plan.is_dense:
-            router, tuned = tuned_selector(
+            router, tuned, _ = tuned_selector(
                 model, plan, router, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress
             )
             curve = [*curve, *tuned]

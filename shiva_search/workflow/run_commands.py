@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from shiva_search.devices import check_sensors
 from shiva_search.errors import InputError
@@ -32,8 +29,7 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
     start = run.scorer()
     if isinstance(start, str):
         start = Router.for_model(run.model, seed=seed)
-    begun = copy.deepcopy(start.state_dict())
-    router, curve = tuned_selector(
+    router, curve, kept = tuned_selector(
         run.model, run.plan, start, steps=train_steps, seed=seed, checkpoint=checkpoint, progress=progress
     )
     router.save(run.folder.selector)
@@ -47,9 +43,8 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
     if run.folder.summary.is_file():
         write_json(run.folder.summary, {**read_json(run.folder.summary, "summary"), "error": error})
     build_report(path)
-    kept = any(not torch.equal(value, begun[name]) for name, value in router.state_dict().items())
     summary = {
-        "run": str(path), "steps": train_steps, "changed": kept, "error": error, "selector": str(run.folder.selector),
+        "run": str(path), "steps": train_steps, "kept": kept, "error": error, "selector": str(run.folder.selector),
     }  # fmt: skip
     said = f"after {train_steps} more steps" if kept else f"as before: {train_steps} more steps did not help"
     return Answer(summary, lambda: f"error on held-out inputs {said}: {error:.4f}")
@@ -62,15 +57,15 @@ def measure_command(path: Path, *, device: str | None, seconds: float, seed: int
         InputError: no run there, or a recording is to be asked in place of the run's device.
     """
     run = open_run(path, device)
-    if run.device.name.startswith("replay:") and run.device.name != run.settings.device:
-        raise InputError(
-            f"{run.device.name} is a recording and would put a prediction in the place of what was measured; "
-            "leave --device out, or name a real one"
-        )
     check_sensors(run.device, run.settings.budget)
     scorer = run.scorer()
     progress(f"measuring for {seconds:.0f} s")
     final = measure_plans(run.model, [run.plan], run.device, scorer_for=lambda _: scorer, seconds=seconds, seed=seed)[0]
+    if final.replayed and run.device.name != run.settings.device:
+        raise InputError(
+            f"{run.device.name} is a recording and would put a prediction in the place of what was measured; "
+            "leave --device out, or name a real one"
+        )
     error = fidelity(run.model, run.plan, scorer, split="evaluation", samples=EVALUATION_SAMPLES, seed=seed)
     before = read_json(run.folder.summary, "summary") if run.folder.summary.is_file() else {}
     write_outcome(

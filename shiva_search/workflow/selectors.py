@@ -117,10 +117,10 @@ def _router(path: Path) -> Router:
 
 def tuned_selector(
     model: Model, plan: Plan, selector: Selector, *, steps: int, seed: int, checkpoint: Path | None, progress: Progress
-) -> tuple[Selector, list[dict[str, Any]]]:
-    """The selector, trained in place at the plan, and the rows of training.csv; as it was where training did not help.
+) -> tuple[Selector, list[dict[str, Any]], bool]:
+    """The selector, trained in place at the plan, the rows of training.csv, and whether the training is kept.
 
-    A few steps can undo what the closed form found; inputs that are not trained on tell.
+    A few steps can undo what the closed form found; inputs that are not trained on tell. Then it is as it was before.
     """
     before = copy.deepcopy(selector)
     _, curve = tune(model, selector, plan, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
@@ -129,4 +129,4 @@ def tuned_selector(
         progress(f"{steps} steps of training made it worse (error {was:.4f} before, {now:.4f} after): kept as it was")
         selector.load_state_dict(before.state_dict())
         selector.origin = before.origin
-    return selector, curve
+    return selector, curve, now <= was

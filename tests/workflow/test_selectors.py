@@ -33,11 +33,12 @@ def trained(model: Model, plan: Plan, bank: BypassBank, folder: Path) -> tuple[f
     """Errors before and after, and what was said."""
     said: list[str] = []
     before = copy.deepcopy(bank)
-    after, curve = tuned_selector(
+    after, curve, kept = tuned_selector(
         model, plan, bank, steps=STEPS, seed=0, checkpoint=folder / "c.pt", progress=said.append
     )
     assert len(curve) == STEPS
     was, now = (fidelity(model, plan, selector, seed=1) for selector in (before, after))
+    assert kept is (now < was)
     return was, now, [line for line in said if "worse" in line]
 
 
