@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("kind", choices=["router", "bypass"])
     parser.add_argument("--work", type=Path, required=True, help="folder of what an interrupted run goes on from")
     parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--samples", type=int, default=1152, help="inputs of each pass of the closed-form fit")
+    parser.add_argument("--samples", type=int, default=2304, help="inputs of each pass of the closed-form fit")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,13 @@ selection/closed_form.py):
     h    = A n(x) + B x + C [n(c), n(m)] + h0 [R], n: zero mean, unit variance (a LayerNorm without weights)
     x'   = x + U_r h_r + u                    first r of the R hidden values: ranks are nested
     s_r  = a_r . n(x) + b_r . x               log of the squared update that x' lacks, up to a constant per sample
+    g    = P n(c) + p [J]                     gates: A, B, a and b are A0 + sum_j g_j A_j, and so on, of each image
 
-Legend: S timestep segments, B samples, N tokens, D width, C condition width, R rank, V ranks on offer.
+Blocks scale and gate what they do by the condition, so one map for all timesteps would explain less. The maps of an
+image are put together before its tokens are read, so gates cost next to nothing per token.
+
+Legend: S timestep segments, B samples, N tokens, D width, C condition width, R rank, V ranks on offer, J gates,
+Q = R + V rows read, of which one rank takes r + 1.
 """
 
 from __future__ import annotations
@@ -46,11 +51,14 @@ class AffineBypass(nn.Module):
         rank: R, at least 0; with 0 the update is the same for all tokens, the "mean" bypass.
         ranks: on offer, ascending, 0 first (rejected tokens stand still).
         segments: S.
+        gates: J; 0: the same maps for all images.
     """
 
-    def __init__(self, width: int, condition_width: int, rank: int, ranks: Sequence[int], segments: int = 1) -> None:
+    def __init__(
+        self, width: int, condition_width: int, rank: int, ranks: Sequence[int], segments: int = 1, gates: int = 0
+    ) -> None:
         super().__init__()
-        self.rank, self.ranks, self.segments = rank, tuple(ranks), segments
+        self.rank, self.ranks, self.segments, self.gates = rank, tuple(ranks), segments, gates
         rows = rank + len(self.ranks)
         # Rows of hidden values, then of scores. Those over n(x) have zero mean, so that x need not be centred.
         self.over_normed = nn.Parameter(torch.zeros(segments, rows, width))
@@ -59,6 +67,11 @@ class AffineBypass(nn.Module):
         self.hidden = nn.Parameter(torch.zeros(segments, rank))
         self.out = nn.Parameter(torch.zeros(segments, rank, width))
         self.mean = nn.Parameter(torch.zeros(segments, width))
+        if gates:
+            self.gated_normed = nn.Parameter(torch.zeros(segments, gates, rows, width))
+            self.gated_tokens = nn.Parameter(torch.zeros(segments, gates, rows, width))
+            self.over_condition = nn.Parameter(torch.zeros(gates, condition_width))
+            self.gate = nn.Parameter(torch.zeros(gates))
 
     def read(
         self, x_BND: torch.Tensor, condition_BC: torch.Tensor, row: int = 0, rank: int | None = None
@@ -77,17 +90,13 @@ class AffineBypass(nn.Module):
         row = row if self.segments > 1 else 0
         width, dtype = x_BND.shape[-1], x_BND.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        normed_QD, tokens_QD, taken = self.over_normed[row], self.over_tokens[row], self.rank
-        if rank is not None:
-            taken = min(rank, self.rank)
-            score = self.rank + self._place(rank)
-            normed_QD = torch.cat([normed_QD[:taken], normed_QD[score, None]])
-            tokens_QD = torch.cat([tokens_QD[:taken], tokens_QD[score, None]])
-        normed_QD = normed_QD - normed_QD.mean(1, keepdim=True)
-        rows = len(normed_QD)
-        ones_1D = normed_QD.new_full((1, width), 1.0 / width)
-        reading = _aligned(torch.cat([normed_QD, tokens_QD, ones_1D]), x_BND.device)
-        read_BNQ = F.linear(x_BND, reading.to(dtype)).to(wide)
+        taken = self.rank if rank is None else min(rank, self.rank)
+        normed_QD, tokens_QD = (self._maps(way, condition_BC, row, rank) for way in ("normed", "tokens"))
+        normed_QD = normed_QD - normed_QD.mean(-1, keepdim=True)
+        rows = normed_QD.shape[-2]
+        ones_1D = torch.full_like(normed_QD[..., :1, :], 1.0 / width)
+        reading = _aligned(torch.cat([normed_QD, tokens_QD, ones_1D], dim=-2), x_BND.device)
+        read_BNQ = torch.matmul(x_BND, reading.to(dtype).transpose(-1, -2)).to(wide)
         mean_BN1 = read_BNQ[..., 2 * rows, None]
         square_BN1 = torch.linalg.vector_norm(x_BND, dim=-1, keepdim=True, dtype=wide).square() / width
         scale_BN1 = torch.rsqrt((square_BN1 - mean_BN1.square()).clamp_min(0.0) + _EPS)
@@ -97,6 +106,28 @@ class AffineBypass(nn.Module):
         image_BE = image_features(x_BND, condition_BC)
         shift_BR = F.linear(image_BE, self.over_image[row, :taken].to(wide), self.hidden[row, :taken].to(wide))
         return hidden_BNQ + F.pad(shift_BR, (0, rows - taken))[:, None]
+
+    def gates_of(self, condition_BC: torch.Tensor) -> torch.Tensor:
+        """g [B, J], float32 or wider."""
+        wide = torch.promote_types(condition_BC.dtype, torch.float32)
+        normed_BC = F.layer_norm(condition_BC.to(wide), condition_BC.shape[-1:])
+        return F.linear(normed_BC, self.over_condition.to(wide), self.gate.to(wide))
+
+    def _maps(self, way: str, condition_BC: torch.Tensor, row: int, rank: int | None) -> torch.Tensor:
+        """What reads n(x) or x: of all rows or one rank's; [Q, D], or where there are gates of each image [B, Q, D]."""
+
+        def taken(of_QD: torch.Tensor) -> torch.Tensor:
+            if rank is None:
+                return of_QD
+            score = self.rank + self._place(rank)
+            return torch.cat([of_QD[..., : min(rank, self.rank), :], of_QD[..., score : score + 1, :]], dim=-2)
+
+        base_QD = taken(getattr(self, f"over_{way}")[row])
+        if not self.gates:
+            return base_QD
+        gated_JQD = taken(getattr(self, f"gated_{way}")[row])
+        gates_BJ = self.gates_of(condition_BC).to(gated_JQD.dtype)
+        return base_QD + torch.einsum("bj,jqd->bqd", gates_BJ, gated_JQD)
 
     def scores(self, hidden_BNQ: torch.Tensor, rank: int) -> torch.Tensor:
         """How much each token would miss with this rank [B, N], as a log: comparable between tokens of a sample.
@@ -152,17 +183,18 @@ class BypassBank(Selector):
         bypass_kind: str = "affine",
         ranks: Sequence[int] = (0, 8, 16, 32),
         segments: int = 1,
+        gates: int = 0,
     ) -> None:
         super().__init__()
         if bypass_kind not in ("mean", "affine") or list(ranks) != sorted({0, *ranks}):
             raise InputError(
                 f"a bypass is mean or affine with ascending ranks from 0, got {bypass_kind!r} and {list(ranks)}"
             )
-        self.bypass_kind, self.ranks, self.segments = bypass_kind, tuple(ranks), segments
+        self.bypass_kind, self.ranks, self.segments, self.gates = bypass_kind, tuple(ranks), segments, gates
         self.widths = (width, condition_width)
         rank = max(ranks) if bypass_kind == "affine" else 0
         self.layers = nn.ModuleList(
-            AffineBypass(width, condition_width, rank, ranks, segments) for _ in range(layers - 1)
+            AffineBypass(width, condition_width, rank, ranks, segments, gates) for _ in range(layers - 1)
         )
 
     @property
@@ -171,6 +203,7 @@ class BypassBank(Selector):
         return {
             "layers": len(self.layers) + 1, "width": self.widths[0], "condition_width": self.widths[1],
             "bypass_kind": self.bypass_kind, "ranks": list(self.ranks), "segments": self.segments,
+            "gates": self.gates,
         }  # fmt: skip
 
     @property
@@ -207,7 +240,7 @@ class Accompanied:
 
 def _aligned(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
     """With rows of zeros on a GPU: half-precision products of odd sizes take five times as long there."""
-    return F.pad(matrix, (0, 0, 0, -len(matrix) % _ALIGNED)) if device.type == "cuda" else matrix
+    return F.pad(matrix, (0, 0, 0, -matrix.shape[-2] % _ALIGNED)) if device.type == "cuda" else matrix
 
 
 class _ByLayer(Mapping[int, AffineBypass]):

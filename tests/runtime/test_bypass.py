@@ -42,10 +42,15 @@ def slow_update(bypass: AffineBypass, x_ND: torch.Tensor, n: int, condition_C: t
     """Token n of an image, written out as the file's head says it."""
     x_D, normed_D = x_ND[n], normed(x_ND[n])
     image_E = torch.cat([normed(condition_C), normed(x_ND.mean(0))])
+    gates_J = bypass.over_condition @ normed(condition_C) + bypass.gate
     update_D = bypass.mean[0].clone()
     for r in range(rank):
+        over_normed_D, over_tokens_D = bypass.over_normed[0, r].clone(), bypass.over_tokens[0, r].clone()
+        for j in range(bypass.gates):
+            over_normed_D += gates_J[j] * bypass.gated_normed[0, j, r]
+            over_tokens_D += gates_J[j] * bypass.gated_tokens[0, j, r]
         # Weights over n(x) count less their mean, which changes nothing: n(x) has none.
-        h = bypass.over_normed[0, r] @ normed_D + bypass.over_tokens[0, r] @ x_D
+        h = over_normed_D @ normed_D + over_tokens_D @ x_D
         h = h + bypass.over_image[0, r] @ image_E + bypass.hidden[0, r]
         update_D = update_D + h * bypass.out[0, r]
     return update_D
@@ -77,6 +82,21 @@ def test_reading_for_one_rank_gives_what_it_is_of_all(bank: BypassBank, rank: in
         bypass.read(x_BND, condition_BC, rank=3)
 
 
+def test_a_bank_without_gates_reads_all_images_alike(bank: BypassBank) -> None:
+    """As those saved before there were gates."""
+    assert bank.gates > 0
+    shape = {key: value for key, value in bank.shape.items() if key != "gates"}
+    plain = BypassBank(**shape)
+    named = dict(bank.named_parameters())
+    plain.load_state_dict({name: named[name] for name in plain.state_dict()})
+    x_BND = torch.randn(1, 7, bank.widths[0]).expand(2, -1, -1)
+    condition_BC = torch.randn(2, bank.widths[1])
+    alike = plain.bypasses[1].read(x_BND, condition_BC, rank=0)
+    apart = bank.bypasses[1].read(x_BND, condition_BC, rank=0)
+    assert torch.allclose(alike[0], alike[1], atol=1e-6)
+    assert not torch.allclose(apart[0], apart[1], atol=1e-2)
+
+
 def test_a_bypass_is_close_in_bfloat16(bank: BypassBank) -> None:
     bypass = bank.bypasses[1]
     width, condition_width = bank.widths
@@ -89,9 +109,17 @@ def test_a_bypass_is_close_in_bfloat16(bank: BypassBank) -> None:
 
 
 @pytest.mark.parametrize("name", ["dit", "sd3.5", "flux.1-dev", "pixart-sigma", "auraflow"])
-def test_rejected_tokens_take_the_bypass_and_kept_ones_the_block(name: str) -> None:
+def test_rejected_tokens_take_the_bypass_and_kept_ones_the_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = CASES[name].model()
     bank = untrained_bypasses(model, ranks=(2, 3))
+    ranked, conditions = bank.bypasses[1], []
+    read = ranked.read
+
+    def reading(x_BND, condition_BC, *args):
+        conditions.append(condition_BC)
+        return read(x_BND, condition_BC, *args)
+
+    monkeypatch.setattr(ranked, "read", reading)
     row = [Kept(model.tokens), *[Kept(model.tokens // 2, 3)] * (model.layer_count - 1)]
     identity = [Kept(int(k)) for k in row]
     seen: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {"bypass": {}, "none": {}}
@@ -108,8 +136,7 @@ def test_rejected_tokens_take_the_bypass_and_kept_ones_the_block(name: str) -> N
     assert torch.equal(x_BND, same_x)
     rejected = torch.ones(x_BND.shape[:2], dtype=torch.bool).scatter(1, kept_BK, False)
     assert not torch.allclose(out_BND[rejected], x_BND[rejected])
-    ranked = bank.bypasses[1]
-    scores = ranked.scores(ranked.read(x_BND, torch.zeros(len(x_BND), bank.widths[1])), 3)
+    scores = ranked.scores(read(x_BND, conditions[0]), 3)
     assert torch.equal(kept_BK, scores.topk(model.tokens // 2).indices.sort(1).values)
     both = [sorted(set(a) & set(b)) for a, b in zip(kept_BK.tolist(), plain_kept.tolist(), strict=True)]
     if both == kept_BK.tolist():  # the same choice: kept tokens went through the same block

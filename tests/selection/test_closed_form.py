@@ -10,27 +10,30 @@ from shiva_search.models.model import Model
 from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.bypass import AffineBypass, image_features
 from shiva_search.search.fidelity import fidelity
-from shiva_search.selection.closed_form import (
-    _add,
-    _solve,
-    _Sums,
-    cross_validated_ridge,
-    fit_bypasses,
-    ridge,
-)
+from shiva_search.selection.closed_form import fit_bypasses, gates_for
+from shiva_search.selection.normal_equations import NormalEquations, cross_validated_ridge, ridge, set_gates, solve
 from shiva_search.selection.training import tune
 
 WIDTH, CONDITION = 6, 4
 
 
-def fitted(x: torch.Tensor, f: torch.Tensor, c: torch.Tensor, rank: int, ranks: tuple[int, ...]) -> AffineBypass:
-    sums = _Sums.empty(WIDTH, CONDITION, len(ranks), torch.device("cpu"))
+def sums_of(
+    x: torch.Tensor, f: torch.Tensor, c: torch.Tensor, ranks: tuple[int, ...], g: torch.Tensor
+) -> NormalEquations:
+    sums = NormalEquations.empty(WIDTH, CONDITION, len(ranks), g.shape[1], torch.device("cpu"))
     image = image_features(x, c)
     for rows in torch.arange(len(x)).chunk(5):  # streamed
-        _add(sums, x[rows], f[rows], image[rows], None, None, 0)
-    bypass = AffineBypass(WIDTH, CONDITION, rank, ranks)
-    _solve(bypass, sums, 0)
-    return bypass.double()
+        sums.add(x[rows], f[rows], image[rows], g[rows])
+    return sums
+
+
+def fitted(
+    x: torch.Tensor, f: torch.Tensor, c: torch.Tensor, rank: int, ranks: tuple[int, ...], gates: int = 0
+) -> AffineBypass:
+    bypass = AffineBypass(WIDTH, CONDITION, rank, ranks, gates=gates).double()
+    set_gates(bypass, [sums_of(x, f, c, ranks, x[:, 0, :0])], None)
+    solve(bypass, sums_of(x, f, c, ranks, bypass.gates_of(c) if gates else x[:, 0, :0]), 0)
+    return bypass
 
 
 def problem(true_rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,6 +104,45 @@ def test_the_cross_validated_penalty_grows_with_noise(count: int, noise: float) 
         assert torch.allclose(found, least_squares, atol=1e-3)
     else:
         assert error(found) < 0.9 * error(least_squares)
+
+
+def test_gates_are_the_main_components_of_the_condition() -> None:
+    x, f, _ = problem(2)
+    _, _, c = problem(2)
+    bypass = fitted(x, f, c, 2, (0, 2), gates=2)
+    gates_BJ = bypass.gates_of(c)
+    n = torch.nn.functional.layer_norm(c, (CONDITION,))
+    left, size, _ = torch.linalg.svd(n - n.mean(0), full_matrices=False)
+    assert torch.allclose(gates_BJ.mean(0), torch.zeros(2, dtype=c.dtype), atol=1e-6)
+    assert torch.allclose(gates_BJ.square().mean(0), torch.ones(2, dtype=c.dtype), atol=1e-6)
+    assert torch.allclose(gates_BJ.abs(), (left[:, :2] * len(c) ** 0.5).abs(), atol=1e-6)
+    assert size[1] > size[2]
+
+
+def test_maps_that_vary_with_the_condition_take_gates() -> None:
+    x, f, c = problem(2)
+    gate_B1 = fitted(x, f, c, 2, (0, 2), gates=1).gates_of(c).detach()
+    base, gated = torch.randn(2, WIDTH, WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    f = x @ base + gate_B1[..., None] * (x @ gated)
+    for gates, error in ((0, 0.3), (1, 2e-3)):
+        bypass = fitted(x, f, c, WIDTH, (0, WIDTH), gates)
+        left = float((update(bypass, x, c, WIDTH).detach() - f).norm() / f.norm())
+        assert left > error if gates == 0 else left < error
+
+
+def test_where_all_conditions_are_alike_gates_do_nothing() -> None:
+    x, f, c = problem(2)
+    c = c[:1].expand_as(c)
+    bypass = fitted(x, f, c, WIDTH, (0, WIDTH), gates=2)
+    assert torch.equal(bypass.gates_of(c), torch.zeros(len(c), 2, dtype=c.dtype))
+    assert torch.allclose(
+        update(bypass, x, c, WIDTH), update(fitted(x, f, c, WIDTH, (0, WIDTH)), x, c, WIDTH), atol=1e-6
+    )
+
+
+def test_wide_models_get_fewer_gates() -> None:
+    found = [gates_for(width, width) for width in (128, 1152, 3072)]
+    assert found == [4, 2, 0] and gates_for(1152, 1152, memory_mib=16384) == 4
 
 
 def test_a_rank_above_the_true_one_changes_nothing() -> None:
