@@ -109,6 +109,8 @@ class AffineBypass(nn.Module):
 
     def gates_of(self, condition_BC: torch.Tensor) -> torch.Tensor:
         """g [B, J], float32 or wider."""
+        if not self.gates:
+            return condition_BC[:, :0]
         wide = torch.promote_types(condition_BC.dtype, torch.float32)
         normed_BC = F.layer_norm(condition_BC.to(wide), condition_BC.shape[-1:])
         return F.linear(normed_BC, self.over_condition.to(wide), self.gate.to(wide))

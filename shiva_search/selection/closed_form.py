@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.token_ops import gather_tokens, top_k
 from shiva_search.selection.normal_equations import NormalEquations, set_gates, solve
 from shiva_search.selection.router import widths_of
+
+_T = TypeVar("_T")
 
 RANKS = (16, 32)
 _KEEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0)  # shares of tokens that stay with the block, drawn by layer and chunk
@@ -193,7 +195,7 @@ class _Pass:
             x_BMD, f_BMD = gather_tokens(x_BND, drawn_BM), gather_tokens(out_BND - x_BND, drawn_BM)
             hidden_BMQ = None if hidden_BNQ is None else gather_tokens(hidden_BNQ, drawn_BM)
             image_BE = image_features(x_BND, condition_BC)
-            gates_BJ = image_BE[:, :0] if bypass is None or not bypass.gates else bypass.gates_of(condition_BC)
+            gates_BJ = image_BE[:, :0] if bypass is None else bypass.gates_of(condition_BC)
             for segment, sums in enumerate(self.sums[layer]):
                 rows = torch.nonzero(self.segment_B == segment).flatten().to(x_BND.device)
                 if len(rows):
@@ -203,15 +205,16 @@ class _Pass:
                     )  # fmt: skip
         if bypass is None or hidden_BNQ is None:
             return out_BND
-        keep = _KEEPS[int(torch.randint(len(_KEEPS), (), generator=self.generator))]
-        rank = (*bypass.ranks, *bypass.ranks[1:])[  # standing still half as often
-            int(torch.randint(2 * len(bypass.ranks) - 1, (), generator=self.generator))
-        ]
+        keep = self._one_of(_KEEPS)
+        rank = self._one_of((*bypass.ranks, *bypass.ranks[1:]))  # standing still half as often
         scores_BN = bypass.scores(hidden_BNQ, rank)
         kept_BN = torch.zeros_like(scores_BN, dtype=torch.bool)
         kept_BN.scatter_(1, top_k(scores_BN, int(keep * tokens)), True)
         moved_BND = self._moved(bypass, x_BND, hidden_BNQ, rank) if rank else x_BND
         return torch.where(kept_BN[..., None], out_BND, moved_BND)
+
+    def _one_of(self, choices: Sequence[_T]) -> _T:
+        return choices[int(torch.randint(len(choices), (), generator=self.generator))]
 
     def _by_segment(self, bypass: AffineBypass, x_BND: torch.Tensor, condition_BC: torch.Tensor) -> torch.Tensor:
         if bypass.segments == 1:

@@ -32,7 +32,7 @@ def fitted(
 ) -> AffineBypass:
     bypass = AffineBypass(WIDTH, CONDITION, rank, ranks, gates=gates).double()
     set_gates(bypass, [sums_of(x, f, c, ranks, x[:, 0, :0])], None)
-    solve(bypass, sums_of(x, f, c, ranks, bypass.gates_of(c) if gates else x[:, 0, :0]), 0)
+    solve(bypass, sums_of(x, f, c, ranks, bypass.gates_of(c)), 0)
     return bypass
 
 
