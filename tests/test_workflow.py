@@ -87,6 +87,8 @@ def test_the_plan_is_static_and_within_its_prediction(run: Path) -> None:
     assert plan["measured"]["dense_latency_ms"] > 0
     assert plan["fidelity"]["evaluation_error"] >= 0
     assert plan["budget"]["shares"] == {"latency_ms": 0.75}
+    # This model brings no data of its own, and the files say so.
+    assert plan["fidelity"]["inputs"] == json.loads((run / "summary.json").read_text())["error_inputs"] == "random"
 
 
 def test_predicted_and_measured_have_columns_of_their_own(run: Path) -> None:

@@ -167,6 +167,11 @@ class Model:
         """This model at another resolution (pixels)."""
         return replace(self, workload=self.workload.override(resolution=resolution))
 
+    @property
+    def inputs_kind(self) -> str:
+        """What `batch` draws: "real" inputs, or "random" ones where the model has no calibration data."""
+        return "random" if self.calibration is None else "real"
+
     def batch(self, split: str, count: int, seed: int = 0) -> Batch:
         """Inputs for judging quality, timesteps stratified (eq. 15): real ones where the model has calibration data.
 

@@ -125,7 +125,8 @@ class Summary(TypedDict, total=False):
     predicted: dict[str, Any]  # the plan's cost by the cost model
     measured: dict[str, Any]  # the plan's cost, measured interleaved with dense
     error: float | None  # NMSE of the planned model's output against the dense one's
-    error_split: str  # images the error was taken on: "calibration" or "evaluation"
+    error_split: str  # inputs the error was taken on: "calibration" or "evaluation"
+    error_inputs: str  # what they are: "real" or "random"; absent in runs of before
     rounds: list[dict[str, Any]]  # closed loop: round, predicted_ratio, measured_ratio, holds
     seconds: dict[str, float]  # wall time by stage: profile, warm_up, search, tune, measure
     note: str | None  # one sentence on what is special, such as a dense model that already fits

@@ -25,6 +25,7 @@ from shiva_search.reporting.words import (
     cost_in_words,
     error_in_words,
     figure_in_words,
+    inputs_in_words,
     limits_in_words,
     number,
     part_of,
@@ -159,7 +160,7 @@ def _tiles(summary: Summary, notes: Footnotes) -> Iterator[tuple[str, str]]:
     ratio = ratio_of(summary, "measured")
     yield "times as fast", f"{1 / ratio:.2f}" if ratio else notes.dash("speed-up: follows from a measurement")
     split = summary.get("error_split")
-    yield "output error" + (f", {split} images" if split else ""), error_in_words(summary, notes)
+    yield "output error" + (f", {inputs_in_words(summary, split)}" if split else ""), error_in_words(summary, notes)
 
 
 # ---- plan and costs --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from shiva_search.records.plan import Plan, choice_in_words
 from shiva_search.records.run import Summary
 from shiva_search.reporting.reading import is_chosen, plan_row
 from shiva_search.reporting.tables import Row
-from shiva_search.reporting.words import UNITS, number, part_of, percent
+from shiva_search.reporting.words import UNITS, inputs_in_words, number, part_of, percent
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision; shapes differ as well.
 PREDICTED, MEASURED, INK, QUIET, FAINT = "#0072b2", "#d55e00", "#222222", "#6b6b6b", "#c9c9c9"
@@ -113,7 +113,7 @@ def pareto_figure(trials: Sequence[Row], pareto: Sequence[Row], plan: Plan | Non
         panels = figure.subplots(1, len(fields), sharey=True, squeeze=False)[0]
         for axes, field in zip(panels, fields, strict=True):
             _pareto_panel(axes, field, trials, pareto, plan, summary, limits[field])
-        panels[0].set_ylabel("output error on calibration images (NMSE)")
+        panels[0].set_ylabel(f"output error on {inputs_in_words(summary, 'calibration')} (NMSE)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         return figure

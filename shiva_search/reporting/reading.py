@@ -95,6 +95,7 @@ def _read_summary(folder: RunFolder, plan: Plan | None) -> Summary:
         "measured": dict(plan.measured),
         "error": plan.fidelity.get("error"),
         "error_split": str(plan.fidelity.get("split") or ""),
+        "error_inputs": str(plan.fidelity.get("inputs") or ""),
     }
 
 

@@ -26,6 +26,7 @@ from shiva_search.reporting.words import (
     Footnotes,
     cost_in_words,
     error_in_words,
+    inputs_in_words,
     limits_in_words,
     number,
     part_of,
@@ -195,7 +196,7 @@ def closing_table(summary: Summary, plan: Plan | None = None, files: Sequence[Pa
     rows.append(("budget", ", ".join(named) or "none set"))
     for part in ("predicted", "measured"):
         rows.append((part, costs(part) + _share_of_dense(summary, part)))
-    split = f" on {summary['error_split']} images" if summary.get("error_split") else ""
+    split = f" on {inputs_in_words(summary, summary['error_split'])}" if summary.get("error_split") else ""
     meaning = f"{split} (squared difference to the dense output, normalised; 0 is dense)"
     rows.append(("error", error_in_words(summary, notes) + (meaning if summary.get("error") is not None else "")))
     if unsettled := (summary.get("conditions") or {}).get("unsettled"):

@@ -105,6 +105,12 @@ def error_in_words(summary: Summary, notes: Footnotes) -> str:
     return notes.dash(f"error: {(summary.get('reasons') or {}).get('error') or _not_there('measure')}")
 
 
+def inputs_in_words(summary: Summary, split: str) -> str:
+    """What an error was taken on: "evaluation images", or "random inputs" where the model has no data of its own."""
+    kind = summary.get("error_inputs")
+    return "random inputs" if kind == "random" else f"{split} {'images' if kind == 'real' else 'inputs'}"
+
+
 def _not_there(command: str) -> str:
     return f"not there yet; `shiva-search {command}` makes it"
 

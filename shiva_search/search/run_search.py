@@ -171,7 +171,13 @@ def search(
     plan = plan_of(plan_P).with_(
         budget=budget.resolve(cost.dense).as_dict() | ({"shares": dict(budget.shares)} if budget.shares else {}),
         predicted=cost.predict(plan_of(plan_P)).as_dict(),
-        fidelity={"error": error, "samples": samples, "split": "calibration", "scorer": scorer_identity(scorer)},
+        fidelity={
+            "error": error,
+            "samples": samples,
+            "split": "calibration",
+            "inputs": model.inputs_kind,
+            "scorer": scorer_identity(scorer),
+        },
         solver=solver,
     )
     measured = closed.measured if closed else {}
@@ -217,7 +223,7 @@ def _dense_if_it_fits(
     plan = plan.with_(
         budget=resolved,
         predicted=predicted.as_dict(),
-        fidelity={"error": 0.0, "samples": 0, "split": "calibration"},
+        fidelity={"error": 0.0, "samples": 0, "split": "calibration", "inputs": model.inputs_kind},
         solver={"optimality_gap": 0.0, "status": "dense fits"},
     )
     row = pareto_row(plan, 0, 0.0, predicted, cost.dense, measurement)

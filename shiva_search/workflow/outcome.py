@@ -76,6 +76,7 @@ def write_outcome(
             "measured": planned,
             "error": error,
             "error_split": "evaluation",
+            "error_inputs": model.inputs_kind,
             "rounds": rounds,
             "seconds": seconds,
             "note": note,

@@ -41,7 +41,8 @@ def train_command(path: Path, train_steps: int, *, seed: int, resume: bool, prog
         fidelity={**run.plan.fidelity, "evaluation_error": error, "evaluation_samples": EVALUATION_SAMPLES}
     ).save(run.folder.plan)
     if run.folder.summary.is_file():
-        write_json(run.folder.summary, {**read_json(run.folder.summary, "summary"), "error": error})
+        before = read_json(run.folder.summary, "summary")
+        write_json(run.folder.summary, {**before, "error": error, "error_inputs": run.model.inputs_kind})
     build_report(path)
     summary = {
         "run": str(path), "steps": train_steps, "kept": kept, "error": error, "selector": str(run.folder.selector),

@@ -140,6 +140,13 @@ class TestFinishedRun:
         change(RunFolder(run_dir).summary, holds=False)
         assert said_in(page_of(run_dir), "verdict").startswith("The budget is broken: 116.1 ms measured")
 
+    def test_an_error_on_random_inputs_is_not_said_to_be_on_images(self, run_dir: Path) -> None:
+        change(RunFolder(run_dir).summary, error_inputs="random")
+        assert "0.0417 output error, random inputs" in said_in(page_of(run_dir), "verdict")
+        RunFolder(run_dir).summary.unlink()  # as in an interrupted run: the plan knows as well
+        change(RunFolder(run_dir).plan, fidelity={"error": 0.05, "split": "calibration", "inputs": "random"})
+        assert "0.0500 output error, random inputs" in said_in(page_of(run_dir), "verdict")
+
     def test_text_from_files_is_not_markup(self, run_dir: Path) -> None:
         change(RunFolder(run_dir).summary, note="<script>alert(1)</script>")
         assert "<script" not in render_page(read_run(run_dir), {})

@@ -68,6 +68,11 @@ class TestPareto:
         expected = [(at(r, "predicted"), r["error"], at(r, "measured"), r["error"]) for r in again]
         assert joins == expected
 
+    @pytest.mark.parametrize(("kind", "said"), [("real", "calibration images"), ("random", "random inputs")])
+    def test_the_axis_of_the_error_says_what_it_was_taken_on(self, run: RunFiles, kind: str, said: str) -> None:
+        figure = pareto(run, summary={**run.summary, "error_inputs": kind})
+        assert figure.axes[0].get_ylabel() == f"output error on {said} (NMSE)"
+
     def test_without_measurements_nothing_is_marked_as_measured(self, run: RunFiles) -> None:
         assert run.plan is not None
         rows = [{k: v for k, v in row.items() if not k.startswith("measured")} for row in run.pareto]

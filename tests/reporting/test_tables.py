@@ -153,6 +153,12 @@ class TestClosingTable:
     def test_an_error_of_zero_is_shown_as_zero(self, run: RunFiles) -> None:
         assert printed({**run.summary, "error": 0.0})["error"].startswith("0 on evaluation images")
 
+    @pytest.mark.parametrize(
+        ("kind", "said"), [("random", "0.0417 on random inputs ("), ("", "on evaluation inputs (")]
+    )
+    def test_only_real_inputs_are_called_images(self, run: RunFiles, kind: str, said: str) -> None:
+        assert said in printed({**run.summary, "error_inputs": kind})["error"]
+
     def test_every_limit_is_listed(self, run: RunFiles) -> None:
         budget = {"latency_ms": 50.0, "memory_mib": 6144.0, "mean_keep": 0.6}
         words = printed({**run.summary, "budget": budget})["budget"]
