@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shiva_search import __version__
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.records.files import write_text
-from shiva_search.records.plan import Plan, choice_in_words
+from shiva_search.records.plan import Plan, row_in_words
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +168,7 @@ def card(plan: Plan, *, has_selector: bool, rank: int | None) -> str:
             "| time (1 is noise) | tokens kept per block, 0 skips it (or, with a bypass, replaces it) |",
             "|---|---|",
             *(
-                f"| {low:g} to {high:g} | {' '.join(choice_in_words(choice, plan.tokens) for choice in row)} |"
+                f"| {low:g} to {high:g} | {row_in_words(row, plan.tokens)} |"
                 for (low, high), row in zip(plan.segments, plan.rows, strict=True)
             ),
             "",

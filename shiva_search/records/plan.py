@@ -96,6 +96,11 @@ def choice_in_words(choice: int, tokens: int) -> str:
     return f"{int(kept)}{'*' if kept > 0 and kept.attend == 'all' else ''}{f'+r{kept.rank}' if kept.rank else ''}"
 
 
+def row_in_words(row: Sequence[int], tokens: int) -> str:
+    """What each layer does: "784 320+r16 0 784"."""
+    return " ".join(choice_in_words(choice, tokens) for choice in row)
+
+
 class Planned(Protocol):
     """What a plan needs to know of a model (models.Model is one)."""
 
@@ -203,6 +208,14 @@ class Plan:
             tuple(Kept(*choice) for choice in zip(*row, strict=True))
             for row in zip(self.tokens_kept, ranks, self.attend, strict=True)
         )
+
+    def as_columns(self) -> dict[str, list[list[Any]]]:
+        """What each layer does, as tables keep it: tokens_kept, bypass_ranks and attend, a list per segment."""
+        return {
+            "tokens_kept": [list(row) for row in self.tokens_kept],
+            "bypass_ranks": [[choice.rank for choice in row] for row in self.rows],
+            "attend": [list(row) for row in self.attend],
+        }
 
     @property
     def mean_keep(self) -> float:

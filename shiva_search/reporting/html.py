@@ -14,10 +14,10 @@ from typing import Any
 import jinja2
 
 from shiva_search.records.files import write_text
-from shiva_search.records.plan import Plan, choice_in_words
+from shiva_search.records.plan import Kept, Plan, row_in_words
 from shiva_search.records.run import Summary
 from shiva_search.reporting import plots
-from shiva_search.reporting.reading import MAKES, RunFiles, is_chosen, kept_rows, read_run
+from shiva_search.reporting.reading import MAKES, RunFiles, choices_of, is_chosen, read_run
 from shiva_search.reporting.tables import Row
 from shiva_search.reporting.words import (
     UNITS,
@@ -167,8 +167,12 @@ def _tiles(summary: Summary, notes: Footnotes) -> Iterator[tuple[str, str]]:
 
 
 def _schedule_in_words(plan: Plan) -> str:
-    rows = "; ".join(" ".join(choice_in_words(k, plan.tokens) for k in row) for row in plan.rows)
-    return f"Tokens kept of {plan.tokens}, layer by layer: {rows}"
+    return f"Tokens kept of {plan.tokens}, layer by layer: {_rows_in_words(plan.rows)}"
+
+
+def _rows_in_words(rows: Sequence[Sequence[Kept]]) -> str:
+    """What each layer does, segments told apart by a stroke; the first layer keeps all tokens."""
+    return " / ".join(row_in_words(row, row[0]) for row in rows)
 
 
 def _cost_rows(summary: Summary, notes: Footnotes) -> Iterator[Cells]:
@@ -194,6 +198,7 @@ def _round_rows(summary: Summary) -> list[Cells]:
             _share(row.get("predicted_ratio")),
             _share(row.get("measured_ratio")),
             words.get(row.get("holds"), ""),  # type: ignore[arg-type]
+            _rows_in_words(choices_of(row)),
         )
         for index, row in enumerate(summary.get("rounds") or [], start=1)
     ]
@@ -241,6 +246,7 @@ def _measurement_rows(rows: Sequence[Row], notes: Footnotes) -> list[Cells]:
             _share(row.get("ratio")),
             _share(row.get("predicted_ratio")),
             str(row.get("samples") or "–"),
+            _rows_in_words(choices_of(row)),
             ", ".join(row.get("flags") or []),
         )
         for index, row in enumerate(rows, start=1)
@@ -262,7 +268,7 @@ def _trials_in_words(trials: Sequence[Row]) -> str:
 def _front_rows(pareto: Sequence[Row], plan: Plan | None, notes: Footnotes) -> list[Cells]:
     return [
         (
-            " / ".join(" ".join(map(str, kept)) for kept in kept_rows(row)),
+            _rows_in_words(choices_of(row)),
             figure_in_words(row, "predicted_latency_ms", notes),
             figure_in_words(row, "measured_latency_ms", notes, "measured latency: only some plans are measured again"),
             number(row["error"], 3) if row.get("error") is not None else "–",
@@ -275,13 +281,18 @@ def _front_rows(pareto: Sequence[Row], plan: Plan | None, notes: Footnotes) -> l
 def _alternative_rows(rows: Sequence[Mapping[str, Any]], notes: Footnotes) -> list[Cells]:
     return [
         (
-            " ".join(str(row[name]) for name in ("method", "settings") if row.get(name)),
+            " ".join(filter(None, [row.get("method"), _settings_in_words(row)])),
             figure_in_words(row, "latency_ms", notes, str(row.get("note") or "")),
             _share(row.get("ratio")),
             number(row["error"], 3) if row.get("error") is not None else notes.dash(str(row.get("note") or "")),
         )
         for row in rows
     ]
+
+
+def _settings_in_words(row: Mapping[str, Any]) -> str:
+    """Of a method that is no plan, as they are."""
+    return _rows_in_words(choices_of(row, "settings")) or str(row.get("settings") or "")
 
 
 # ---- conditions ------------------------------------------------------------------------------------------------------

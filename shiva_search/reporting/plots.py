@@ -228,7 +228,10 @@ def _scale_error(axes: Axes, points: np.ndarray) -> None:
 
 
 def schedule_figure(plan: Plan) -> Figure:
-    """Share of tokens kept over layers and timestep segments, with its numbers; skipped blocks are hatched."""
+    """Share of tokens kept over layers and timestep segments, with its numbers; skipped blocks are hatched.
+
+    A block of which all tokens take the bypass is not skipped: "0 %", with the rank.
+    """
     share_SL = np.array(plan.tokens_kept) / plan.tokens
     count = plan.layer_count
     with _figure(float(np.clip(0.62 * count + 1.6, 6.4, 13.0)), 1.3 + 0.55 * len(plan.segments)) as figure:
@@ -237,7 +240,9 @@ def schedule_figure(plan: Plan) -> Figure:
         mesh = axes.pcolormesh(share_SL * 100, cmap=SHARE_COLOURS, vmin=0, vmax=100)
         crowded = count > 26
         for (segment, layer), share in np.ndenumerate(share_SL):
-            if share == 0:
+            choice = plan.rows[segment][layer]
+            skipped = share == 0 and not choice.rank
+            if skipped:
                 axes.fill_between(
                     [layer, layer + 1],
                     segment,
@@ -247,15 +252,13 @@ def schedule_figure(plan: Plan) -> Figure:
                     hatch="////",
                     lw=0,
                 )
-            text = "skip" if share == 0 else f"{share * 100:.0f}"
-            if not crowded and share > 0:
-                text = f"{share * 100:.0f} %\n{choice_in_words(plan.rows[segment][layer], plan.tokens)}"
-            elif not crowded and plan.rows[segment][layer].rank:
-                text = f"bypass\nr{plan.rows[segment][layer].rank}"
+            text = "skip" if skipped else f"{share * 100:.0f}"
+            if not crowded and not skipped:
+                text = f"{share * 100:.0f} %\n{choice_in_words(choice, plan.tokens)}"
             axes.text(
                 layer + 0.5, segment + 0.5, text, ha="center", va="center", fontsize=7 if crowded else 8,
                 rotation=90 if crowded else 0, color="white" if share > 0.72 else INK,
-                bbox={"facecolor": "#f2f2f2", "lw": 0, "pad": 1.5} if share == 0 else None,
+                bbox={"facecolor": "#f2f2f2", "lw": 0, "pad": 1.5} if skipped else None,
             )  # fmt: skip
         axes.vlines(np.arange(count + 1), 0, len(plan.segments), color="white", lw=1.5)
         axes.hlines(np.arange(len(plan.segments) + 1), 0, count, color="white", lw=1.5)

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from shiva_search.errors import InputError
 from shiva_search.records.files import read_json
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
 from shiva_search.records.run import RunFolder, Summary
 from shiva_search.reporting.tables import Row, read_rows
 
@@ -99,21 +99,33 @@ def _read_summary(folder: RunFolder, plan: Plan | None) -> Summary:
     }
 
 
-def kept_rows(row: Row) -> list[list[int]]:
-    """tokens_kept of a row of trials.csv or pareto.csv, a list of k per timestep segment."""
-    kept = row.get("tokens_kept") or []
-    return kept if not kept or isinstance(kept[0], list) else [kept]
+def choices_of(row: Mapping[str, Any], column: str = "tokens_kept") -> tuple[tuple[Kept, ...], ...]:
+    """What each layer does in a row of a table, a tuple per timestep segment; empty where the row does not say.
+
+    Args:
+        row: with `Plan.as_columns`; where ranks and attention are left out, as in tables of before, counts are plain.
+        column: of the tokens kept.
+    """
+    kept = row.get(column) or []
+    if isinstance(kept, str):  # settings of a method that is no plan
+        return ()
+    kept = kept if not kept or isinstance(kept[0], list) else [kept]
+    ranks = row.get("bypass_ranks") or [[0] * len(part) for part in kept]
+    attend = row.get("attend") or [["kept"] * len(part) for part in kept]
+    return tuple(
+        tuple(Kept(*choice) for choice in zip(*part, strict=True)) for part in zip(kept, ranks, attend, strict=True)
+    )
 
 
 def is_chosen(row: Row, plan: Plan | None) -> bool:
-    """Whether a row is the chosen plan: the same tokens kept, or, without a plan, marked as chosen."""
-    return kept_rows(row) == [list(k) for k in plan.tokens_kept] if plan else row.get("chosen") is True
+    """Whether a row is the chosen plan: its layers do the same, or, without a plan, marked as chosen."""
+    return choices_of(row) == plan.rows if plan else row.get("chosen") is True
 
 
 def plan_row(plan: Plan) -> Row:
     """What a plan knows of itself, as a row of pareto.csv: it need not lie on the front."""
     return {
-        "tokens_kept": [list(kept) for kept in plan.tokens_kept],
+        **plan.as_columns(),
         "mean_keep": plan.mean_keep,
         "error": plan.fidelity.get("error"),
         **{f"predicted_{name}": value for name, value in plan.predicted.items()},

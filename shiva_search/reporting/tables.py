@@ -19,7 +19,7 @@ from rich.text import Text
 from shiva_search.errors import InputError
 from shiva_search.records.cost import COST_FIELD
 from shiva_search.records.files import write_atomic
-from shiva_search.records.plan import Plan, choice_in_words
+from shiva_search.records.plan import Plan, row_in_words
 from shiva_search.records.run import Summary
 from shiva_search.reporting.words import (
     UNITS,
@@ -64,13 +64,17 @@ PARETO: _Columns = (
     "chosen",
 )
 MEASUREMENTS: _Columns = (
-    *("round", "plan", "tokens_kept", "samples", "dense_latency_ms", "latency_ms", "latency_ms_low", "latency_ms_high"),
+    *("round", "plan", "tokens_kept", "bypass_ranks", "attend", "samples"),
+    *("dense_latency_ms", "latency_ms", "latency_ms_low", "latency_ms_high"),
     *("ratio", "ratio_low", "ratio_high", "dense_energy_j", "energy_j", "dense_power_w", "power_w"),
     *("dense_peak_memory_mib", "peak_memory_mib", "dense_gflops", "gflops", "predicted_latency_ms", "predicted_ratio"),
     *("holds", "flags", "replayed", "reasons", "conditions"),
 )
 TRAINING: _Columns = ("stage", "step", "loss", "distillation", "diffusion", "error", "keep", "seconds")
-COMPARE: _Columns = ("method", "settings", "latency_ms", "latency_ms_low", "latency_ms_high", "ratio", "error", "note")
+COMPARE: _Columns = (
+    *("method", "settings", "bypass_ranks", "attend"),  # settings: tokens_kept
+    *("latency_ms", "latency_ms_low", "latency_ms_high", "ratio", "error", "note"),
+)
 
 
 # ---- CSV files -------------------------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ def closing_table(summary: Summary, plan: Plan | None = None, files: Sequence[Pa
     if plan is None:
         rows.append(("planned", notes.dash("plan.json: not there yet; `shiva-search optimize` makes it")))
     else:
-        kept = "\n".join(" ".join(choice_in_words(k, plan.tokens) for k in row) for row in plan.rows)
+        kept = "\n".join(row_in_words(row, plan.tokens) for row in plan.rows)
         rows.append(("planned", f"tokens kept {kept}\n{plan_in_words(plan)}"))
     named = [f"{UNITS[f][0] if f in UNITS else 'mean keep'} at most {text}" for f, text in limits.items()]
     rows.append(("budget", ", ".join(named) or "none set"))

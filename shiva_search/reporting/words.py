@@ -142,17 +142,22 @@ def ratio_of(summary: Summary, part: str) -> float | None:
 
 
 def plan_in_words(plan: Plan) -> str:
-    """What a plan does to the blocks: "8 blocks: 2 select tokens, 1 is skipped, 5 keep all 784; ..."."""
+    """What a plan does to the blocks: "8 blocks: 2 select tokens, 1 is skipped, 5 keep all 784; ...".
+
+    A block of which all tokens take the bypass is not skipped but replaced by it.
+    """
     kept = [k for row in plan.tokens_kept for k in row]
     pruned = [k for row in plan.rows for k in row if k < plan.tokens]
     moving, everyone = sum(k.rank > 0 for k in pruned), sum(k > 0 and k.attend == "all" for k in pruned)
     more = f"; rejected tokens take a bypass in {moving}" if moving else ""
     more += f"; kept tokens attend to all in {everyone}" if everyone else ""
-    selecting, skipped = sum(0 < k < plan.tokens for k in kept), kept.count(0)
+    selecting, replaced = sum(0 < k < plan.tokens for k in kept), sum(k.rank > 0 and int(k) == 0 for k in pruned)
+    skipped = kept.count(0) - replaced
+    instead = f"{_are(replaced, 'is', 'are')} replaced by a bypass, " if replaced else ""
     where = "blocks" if len(plan.segments) == 1 else f"blocks in {len(plan.segments)} timestep segments"
     return (
         f"{len(kept)} {where}: {_are(selecting, 'selects', 'select')} tokens, {_are(skipped, 'is', 'are')} skipped, "
-        f"{_are(kept.count(plan.tokens), 'keeps', 'keep')} all {plan.tokens}; "
+        f"{instead}{_are(kept.count(plan.tokens), 'keeps', 'keep')} all {plan.tokens}; "
         f"{percent(plan.mean_keep)} of all tokens are processed{more}"
     )
 

@@ -221,7 +221,7 @@ def _round(
     dense_ms = cost.dense.latency_ms
     return {
         "round": number,
-        "tokens_kept": [list(row) for row in plan.tokens_kept],
+        **plan.as_columns(),
         "predicted_latency_ms": predicted_ms,
         "predicted_ratio": predicted_ms / dense_ms if predicted_ms is not None and dense_ms else float("nan"),
         "measured_latency_ms": measurement.latency_ms,

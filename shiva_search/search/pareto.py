@@ -56,22 +56,13 @@ def pareto_row(
     """A row of pareto.csv; measured_* stay None until the plan is measured."""
     row: dict[str, Any] = {
         "trial": number,
-        **choice_columns(plan),
+        **plan.as_columns(),
         "mean_keep": plan.mean_keep,
         "error": error,
         **cost_columns(predicted, dense),
     }
     row.update({f"measured_{name}": None if measured is None else getattr(measured, name) for name in _MEASURED})
     return row
-
-
-def choice_columns(plan: Plan) -> dict[str, list[list[Any]]]:
-    """What each layer does, a list per timestep segment."""
-    return {
-        "tokens_kept": [list(row) for row in plan.tokens_kept],
-        "bypass_ranks": [[choice.rank for choice in row] for row in plan.rows],
-        "attend": [list(row) for row in plan.attend],
-    }
 
 
 def trial_rows(plans: PlanStudy, cost: PlanCost, plan_of: Callable[[Ints], Plan]) -> list[dict[str, Any]]:
@@ -92,7 +83,7 @@ def trial_rows(plans: PlanStudy, cost: PlanCost, plan_of: Callable[[Ints], Plan]
                 "trial": record.number,
                 "origin": record.origin,
                 "state": "complete" if record.complete else "stopped early",
-                **choice_columns(plan),
+                **plan.as_columns(),
                 "mean_keep": plan.mean_keep,
                 "error": record.error,
                 "feasible": bool(plans.space.feasible(record.plan_P[None])[0]),

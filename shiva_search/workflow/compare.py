@@ -68,11 +68,13 @@ def compare_command(path: Path, *, seconds: float, seed: int, progress: Progress
     table = []
     for (name, candidate, scorer), found in zip(rows, measured, strict=True):
         error = fidelity(model, candidate, scorer, split="evaluation", samples=EVALUATION_SAMPLES, seed=seed)
+        settings = candidate.as_columns()
         progress(f"{name}: {found.ratio:.1%} of dense, error {error:.4f}")
         table.append(
             {
                 "method": name,
-                "settings": [list(row) for row in candidate.tokens_kept],
+                "settings": settings.pop("tokens_kept"),
+                **settings,
                 **{
                     field: getattr(found, field)
                     for field in ("latency_ms", "latency_ms_low", "latency_ms_high", "ratio")

@@ -52,11 +52,12 @@ def write_outcome(
     row = {
         "round": len(known) + 1,
         "plan": "chosen",
-        "tokens_kept": [list(k) for k in plan.tokens_kept],
+        **plan.as_columns(),
         "predicted_latency_ms": plan.predicted.get("latency_ms"),
         "predicted_ratio": _share(plan.predicted.get("latency_ms"), plan.predicted.get("dense_latency_ms")),
         "holds": kept,
-        **{name: value for name, value in final.as_dict().items() if name in tables.MEASUREMENTS},
+        **{name: value for name, value in measured.items() if name in tables.MEASUREMENTS},
+        "conditions": dict(final.conditions),
     }
     tables.write_measurements(run.measurements, [*known, row])
     dense = {name.removeprefix("dense_"): value for name, value in measured.items() if name.startswith("dense_")}
@@ -84,7 +85,7 @@ def write_outcome(
             "conditions": dict(final.conditions),
             "provenance": {"version": __version__, "torch": torch.__version__, **dict(plan.origin)},
             "plan": str(run.plan),
-            "tokens_kept": [list(k) for k in plan.tokens_kept],
+            **plan.as_columns(),
         },
     )
 

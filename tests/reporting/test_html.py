@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from shiva_search.errors import InputError
+from shiva_search.records.plan import Plan
 from shiva_search.records.run import RunFolder
-from shiva_search.reporting import plots
+from shiva_search.reporting import plots, tables
 from shiva_search.reporting.html import build_report, render_page
 from shiva_search.reporting.reading import MAKES, read_run
 
@@ -146,6 +147,28 @@ class TestFinishedRun:
         RunFolder(run_dir).summary.unlink()  # as in an interrupted run: the plan knows as well
         change(RunFolder(run_dir).plan, fidelity={"error": 0.05, "split": "calibration", "inputs": "random"})
         assert "0.0500 output error, random inputs" in said_in(page_of(run_dir), "verdict")
+
+    def test_bypass_and_attention_are_said_wherever_tokens_kept_are(self, run_dir: Path) -> None:
+        folder, (kept,) = RunFolder(run_dir), Plan.from_file(run_dir).tokens_kept
+        ranks, attend = [0, 16, 0, 32, 0, 0, 0, 0], ["kept"] * 6 + ["all", "kept"]
+        change(folder.plan, bypass={"kind": "affine", "ranks": [ranks]}, attend=[attend])
+        plan = Plan.from_file(run_dir)
+        columns = plan.as_columns()
+        assert columns == {"tokens_kept": [[*kept]], "bypass_ranks": [ranks], "attend": [attend]}
+        plain = {**columns, "bypass_ranks": [[0] * 8], "predicted_latency_ms": 114.0, "error": 0.07}
+        tables.write_pareto(folder.pareto_csv, [plain, {**plain, **columns, "error": 0.05}])
+        tables.write_measurements(folder.measurements, [{"plan": "chosen", **columns, "ratio": 0.64}])
+        settings = {**columns, "settings": columns["tokens_kept"]}
+        del settings["tokens_kept"]
+        tables.write_compare(folder.compare, [{"method": "searched plan", **settings, "ratio": 0.64}])
+        change(folder.summary, rounds=[{"round": 1, "measured_ratio": 0.64, **columns}])
+        page, words = page_of(run_dir), "784 490+r16 784 0+r32 490 0 686* 784"
+        assert f"Tokens kept of 784, layer by layer: {words}" in render_page(read_run(run_dir), {"schedule.png": ""})
+        assert said_in(page, "cost").count(words) == 2  # the round and the measurement
+        assert f"searched plan {words}" in said_in(page, "alternatives")
+        # Which of two plans with the same counts is the chosen one shows in their ranks.
+        assert f"{words} 114.0 ms –³ 0.0500 chosen" in said_in(page, "pareto")
+        assert said_in(page, "pareto").count("chosen") == 1
 
     def test_text_from_files_is_not_markup(self, run_dir: Path) -> None:
         change(RunFolder(run_dir).summary, note="<script>alert(1)</script>")

@@ -141,6 +141,12 @@ class TestSchedule:
             "100 %\n64", "25 %\n16", "skip", "100 %\n64", "skip", "100 %\n64",
         ]  # fmt: skip
 
+    def test_a_block_whose_tokens_all_take_the_bypass_is_not_called_skipped(self) -> None:
+        plan = Plan(64, ((64, 0, 0, 16),), bypass={"kind": "affine", "ranks": [[0, 16, 0, 8]]})
+        assert self.texts(plan) == ["100 %\n64", "0 %\n0+r16", "skip", "25 %\n16+r8"]
+        many = Plan(64, ((64, *[0] * 27),), bypass={"kind": "affine", "ranks": [[0, *[16, 0, 0] * 9]]})
+        assert self.texts(many) == ["100", *["0", "skip", "skip"] * 9]
+
     def test_many_layers_still_carry_their_shares(self) -> None:
         plan = Plan(4096, ((4096, *[1024, 2048, 0, 3072] * 14),))
         assert self.texts(plan) == ["100", *["25", "50", "skip", "75"] * 14]

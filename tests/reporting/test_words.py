@@ -81,6 +81,13 @@ def test_the_ratio_is_that_of_one_measurement() -> None:
     assert ratio_of({"predicted": {"latency_ms": 70.0}}, "predicted") is None
 
 
+def test_a_block_whose_tokens_all_take_the_bypass_is_not_called_skipped() -> None:
+    ranks = {"kind": "affine", "ranks": [[0, 16, 0, 32, 16]]}
+    words = plan_in_words(Plan(100, ((100, 0, 0, 0, 50),), bypass=ranks))
+    assert "1 selects tokens, 1 is skipped, 2 are replaced by a bypass, 1 keeps all 100" in words
+    assert words.endswith("rejected tokens take a bypass in 3")
+
+
 def test_a_plan_counts_its_blocks() -> None:
     plan = Plan(100, ((100, 50, 0, 100), (100, 0, 0, 100)), segments=((0.0, 0.5), (0.5, 1.0)))
     words = plan_in_words(plan)

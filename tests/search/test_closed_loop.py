@@ -166,7 +166,7 @@ def test_a_device_on_which_nothing_fits_is_refused_with_figures(model, cost) -> 
     nearest = refusal.value.nearest
     assert nearest is not None and nearest.measurement is not None
     least = min(nearest.rounds, key=lambda row: row["measured_ratio_high"])
-    assert [list(row) for row in nearest.plan.tokens_kept] == least["tokens_kept"]
+    assert nearest.plan.as_columns().items() <= least.items()
     assert 0 < nearest.plan.fidelity["error"] < 10
     # The floor itself was tried: every layer but the first skipped.
     assert any(plan.tokens_kept == ((64, 0, 0, 0, 0),) for plan in device.asked)
