@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -291,11 +292,15 @@ def measure(
         seconds: of measuring.
 
     Raises:
-        InputError, UnavailableError: the plan does not fit, or the device is not there.
+        InputError: an argument of the wrong kind, no time to measure in, or the plan is not there or does not fit.
+        UnavailableError: the device is not there, or the hub does not give the plan.
     """
     from shiva_search.devices import open_device
     from shiva_search.profiling.end_to_end import measure_plans
 
+    _check_model("measure", model)
+    if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise InputError(f"measuring takes a finite number of seconds above zero, got {seconds!r}; try seconds=20.0")
     plan = _plan_of(plan)
     scorer = _scorer_of(plan, selector)
     return measure_plans(model, [plan], open_device(device), scorer_for=lambda _: scorer, seconds=seconds, seed=seed)[0]
@@ -314,9 +319,14 @@ def fidelity(
 
     sum ||v_planned - v_dense||^2 / sum ||v_dense||^2 over samples at stratified timesteps; 0 is identical, lower is
     better. The plan is a Plan, or what `apply_plan` reads one from.
+
+    Raises:
+        InputError: an argument of the wrong kind, or the plan is not there or does not fit.
+        UnavailableError: the hub does not give the plan.
     """
     from shiva_search.search.fidelity import fidelity as evaluate
 
+    _check_model("fidelity", model)
     plan = _plan_of(plan)
     return evaluate(model, plan, _scorer_of(plan, selector), split=split, samples=samples, seed=seed)
 
@@ -345,7 +355,21 @@ def optimize(
 
 
 def _plan_of(plan: Plan | str | Path) -> Plan:
-    return plan if isinstance(plan, Plan) else from_pretrained(plan)
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, (str, Path)):
+        raise InputError(
+            f"a plan is a Plan, a path or a hub id, got {plan!r}; make one with Plan.uniform(model, keep=0.6), or "
+            "Plan.from_rows(model, rows) with a list of k per segment"
+        )
+    return from_pretrained(plan)
+
+
+def _check_model(stage: str, model: Model) -> None:
+    if not isinstance(model, Model):
+        raise InputError(
+            f"{stage} takes a Model, got a {type(model).__name__}; make one with load_model(name) or wrap(module)"
+        )
 
 
 def _as_model(target: Any, plan: Plan) -> Model:
@@ -423,7 +447,14 @@ def _resolve_scorer(model: Model, selector: Selector) -> TokenScorer:
 
 
 def _by_name(selector: TokenScorer | str) -> TokenScorer:
-    return scorer_by_name(selector) if isinstance(selector, str) else selector
+    if isinstance(selector, str):
+        return scorer_by_name(selector)
+    if not callable(selector):
+        raise InputError(
+            f"a selector is a scorer's name, a callable or a trained selector, got {selector!r}; read one from a file "
+            "with load_selector(path), or leave it out for the plan's own"
+        )
+    return selector
 
 
 def _untrained(model: Model, bypass: str) -> TokenScorer:

@@ -235,8 +235,8 @@ def open_device(name: str) -> Device:
         InputError: there is no such kind of device.
         UnavailableError: the device is known but not available here.
     """
-    kind, _, rest = name.partition(":")
-    if kind not in OPENERS or name.endswith(":"):
+    kind, _, rest = str(name).partition(":")
+    if kind not in OPENERS or str(name).endswith(":"):
         raise _unknown(name)
     return OPENERS[kind](rest)
 

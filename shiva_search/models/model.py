@@ -184,7 +184,7 @@ class Model:
             InputError: no such split, or no samples.
         """
         offsets = {"train": 0, "calibration": 1, "evaluation": 2}
-        if split not in offsets or count < 1:
+        if split not in offsets or not isinstance(count, int) or count < 1:
             raise InputError(
                 f"a batch is 1 sample or more of {', '.join(offsets)}, got {count} of {split!r}; name one of these"
             )

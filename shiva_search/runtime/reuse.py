@@ -43,8 +43,10 @@ class ReusedUpdates:
     """
 
     def __init__(self, steps: int) -> None:
-        if steps < 1:
-            raise InputError(f"updates are reused for at least 1 step, got {steps}; leave it out to reuse none")
+        if not isinstance(steps, int) or steps < 1:
+            raise InputError(
+                f"updates are reused for at least 1 step, a whole number, got {steps!r}; leave it out to reuse none"
+            )
         self.steps = steps
         self.forget()
 
