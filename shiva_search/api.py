@@ -248,8 +248,9 @@ def apply_plan(
             starts below where the last image was left needs the handle's `forget_updates()` in between.
 
     Raises:
-        InputError: the plan, or what was trained for it, does not fit the model, naming what differs; a negative reuse.
-        UnavailableError: there is no such folder or repository.
+        InputError: no such folder or no plan in it; the plan, or what was trained for it, does not fit the model,
+            naming what differs; a negative reuse; an argument of the wrong kind.
+        UnavailableError: a hub id whose repository is neither here nor to be had.
     """
     plan = _plan_of(plan)
     model = _as_model(target, plan)

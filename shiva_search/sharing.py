@@ -91,8 +91,8 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Plan:
         revision: branch, tag or commit of a hub repository.
 
     Raises:
-        UnavailableError: no folder here, and the hub does not give it.
-        InputError: there is no plan in it.
+        UnavailableError: a hub id whose repository is neither here nor to be had.
+        InputError: no such folder, or there is no plan in it.
     """
     is_hub_id = isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not name.endswith(".json")
     if Path(name).exists() or not is_hub_id:

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +72,15 @@ def test_a_stage_refuses_what_it_cannot_take(call: Callable[..., Any], said: str
     with pytest.raises(ss.InputError, match=said):
         call(model, ss.Plan.uniform(model, 0.5))
     ss.remove_plan(model)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/such/run", "./nowhere", "no/plan.json", Path("no/run")])
+@pytest.mark.parametrize("call", [ss.apply_plan, ss.measure, ss.fidelity])
+def test_a_folder_that_is_not_there_is_bad_input(call: Callable[..., Any], name: str | Path) -> None:
+    with pytest.raises(ss.InputError, match="cannot read plan .*check the path") as refusal:
+        call(ss.load_model(), name)
+    assert refusal.value.exit_code == 2
+    assert "no such folder" in " ".join(str(ss.apply_plan.__doc__).partition("InputError:")[2].split())
 
 
 def test_arguments_of_another_kind_are_refused_with_what_to_write() -> None:
