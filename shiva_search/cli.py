@@ -50,7 +50,8 @@ BatchOption = Annotated[int | None, typer.Option("--batch", help="Samples per fo
 DTypeOption = Annotated[DType | None, typer.Option("--dtype", help="Of weights and tokens.", rich_help_panel=_WORKLOAD)]
 ResolutionOption = Annotated[int | None, typer.Option("--resolution", help="Pixels.", rich_help_panel=_WORKLOAD)]
 TextTokensOption = Annotated[
-    int | None, typer.Option("--text-tokens", help="Length of the prompt.", rich_help_panel=_WORKLOAD)
+    int | None,
+    typer.Option("--text-tokens", help="Length of the prompt, where the model reads one.", rich_help_panel=_WORKLOAD),
 ]
 FramesOption = Annotated[int | None, typer.Option("--frames", help="Of a video.", rich_help_panel=_WORKLOAD)]
 GuidanceOption = Annotated[

@@ -197,9 +197,11 @@ def as_model(module: torch.nn.Module, name: str, origin: str = "", workload: dic
     if family is None:
         raise _no_adapter(class_name)
     config = dict(getattr(module, "config", {}))
-    usual, asked = family.defaults(config), workload or {}
+    usual, asked = family.defaults(config), dict(workload or {})
     if usual.frames is None and asked.get("frames") is not None:
         raise InputError(f"--frames is for video models, and {class_name} makes images; leave it out")
+    if usual.text_tokens is None and asked.pop("text_tokens", None):  # stored workloads may say 0, which is the default
+        raise InputError(f"--text-tokens is for models that read text, and {class_name} takes none; leave it out")
     return Model(module, name, family, usual.override(**asked), origin=origin)
 
 

@@ -20,7 +20,7 @@ class Workload:
         dtype: "float32", "bfloat16" or "float16".
         resolution: image height and width, pixels (None: the model's own).
         frames: frames of a video (None: the model's own, and for images).
-        text_tokens: context tokens (None: the model's own; 0 for models without).
+        text_tokens: context tokens (None: the model's own, and for models without).
         guidance: the batch is [unconditional half, conditional half]; both share one selection (eq. 32).
         compile: blocks run through torch.compile.
         cuda_graph: forwards run as CUDA graphs, which spare the host its part.

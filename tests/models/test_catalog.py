@@ -14,6 +14,7 @@ import shiva_search as ss
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.models.catalog import ARCHITECTURES, list_models, load_model
 from shiva_search.models.families import FAMILIES
+from shiva_search.records.workload import Workload
 from tests.models.conformance import FAMILY_CASES, READINGS, FamilyCase
 from tests.runtime.test_pipelines import PIPELINES
 
@@ -74,6 +75,19 @@ def test_tokens_of_videos_are_latent_frames_times_height_times_width() -> None:
     for name, multiple in (("wan2.1-t2v-1.3b", 4), ("ltx-video", 8)):
         with pytest.raises(InputError, match=f"multiple of {multiple} and one more, got --frames 16"):
             _ = load_model(name, real=False, frames=16).tokens
+
+
+def test_text_is_for_models_that_read_it() -> None:
+    with pytest.raises(InputError, match="--text-tokens is for models that read text, and DiTTransformer2DModel takes"):
+        load_model("dit-xl-2", real=False, text_tokens=7)
+    usual = load_model("dit-xl-2", real=False)
+    with pytest.raises(InputError, match="--text-tokens is for models that read text"):
+        ss.wrap(usual.module, workload=Workload(batch=2, text_tokens=7))
+    # What files of before say of such a model is still its default, and has the default's profile.
+    for text_tokens in (0, None):
+        stored = {**usual.workload.as_dict(), "text_tokens": text_tokens}
+        assert ss.wrap(usual.module, workload=Workload.from_dict(stored)).workload == usual.workload
+    assert load_model("sd3.5-medium", real=False, text_tokens=0).workload.text_tokens == 0
 
 
 def test_images_have_no_frames() -> None:
