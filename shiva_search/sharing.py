@@ -9,7 +9,7 @@ README.md               a model card
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,16 +182,36 @@ def card(plan: Plan, *, has_selector: bool, rank: int | None) -> str:
 
 
 def _cost_table(plan: Plan) -> list[str]:
-    """Dense, predicted and measured cost; what is not known is left out."""
-    columns: list[tuple[str, Mapping[str, Any], str]] = [
-        ("dense", plan.measured, "dense_"), ("predicted", plan.predicted, ""), ("measured", plan.measured, ""),
-    ]  # fmt: skip
-    rows = []
-    for name, title in _COSTS.items():
-        values = [column.get(prefix + name) for _, column, prefix in columns]
-        if any(value is not None for value in values):
-            cells = " | ".join("" if value is None else f"{value:.4g}" for value in values)
-            rows.append(f"| {title} | {cells} |")
-    if not rows:
+    """What was measured together, and shares of dense; columns of which nothing is known are left out.
+
+    A machine's speed is another one in a profile and in a measurement, so a prediction is a share of the dense cost it
+    was predicted with, and has figures of its own only where nothing was measured.
+    """
+    measured, predicted = plan.measured, plan.predicted
+    source = "predicted from a recording" if measured.get("replayed") else "measured"
+    only_predicted = {} if measured.get("latency_ms") else predicted
+
+    def column(title: str, values: Iterable[float | None], form: str = "{:.4g}") -> tuple[str, list[str]]:
+        return title, ["" if value is None else form.format(value).replace("%", " %") for value in values]
+
+    columns = [
+        column(f"dense, {source}", (measured.get(f"dense_{name}") for name in _COSTS)),
+        column(f"plan, {source}", (measured.get(name) for name in _COSTS)),
+        column(f"of dense, {source}", (_share_of_dense(measured, name) for name in _COSTS), "{:.1%}"),
+        column("plan, predicted", (only_predicted.get(name) for name in _COSTS)),
+        column("of dense, predicted", (_share_of_dense(predicted, name) for name in _COSTS), "{:.1%}"),
+    ]
+    columns = [(title, cells) for title, cells in columns if any(cells)]
+    if not columns:
         return ["Not measured.", ""]
-    return ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---|---|---|---|", *rows, ""]
+    rows = [cells for cells in zip(_COSTS.values(), *(cells for _, cells in columns), strict=True) if any(cells[1:])]
+    lines = [("", *(title for title, _ in columns)), ("---",) * (len(columns) + 1), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def _share_of_dense(costs: Mapping[str, Any], name: str) -> float | None:
+    """Of the dense cost from the same source; None where that is not known."""
+    if name == "latency_ms" and costs.get("ratio") is not None:
+        return float(costs["ratio"])
+    cost, dense = costs.get(name), costs.get(f"dense_{name}")
+    return cost / dense if cost is not None and dense else None

@@ -37,7 +37,8 @@ def made(model: Model, folder: Path) -> Router:
     router.save(folder / "selector.safetensors")
     plan = ss.Plan.uniform(
         model, 0.5, workload=model.workload.as_dict(), device="cpu",
-        predicted={"latency_ms": 4.0}, measured={"latency_ms": 4.25, "dense_latency_ms": 8.5, "energy_j": None},
+        predicted={"latency_ms": 4.0, "dense_latency_ms": 10.0, "gflops": 3.0},
+        measured={"latency_ms": 4.25, "dense_latency_ms": 8.5, "energy_j": None},
     )  # fmt: skip
     plan.save(folder / "plan.json")
     return router
@@ -63,9 +64,27 @@ def test_the_card_says_what_it_is_for(model: Model, tmp_path: Path) -> None:
     made(model, tmp_path / "run")
     text = (ss.save_pretrained(tmp_path / "run", tmp_path / "hub") / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: shiva-search\n")
-    for said in (model.fingerprint()["weights_hash"], "SD3Transformer2DModel", "16 8 8 8", "| 8.5 | 4 | 4.25 |", "cpu"):
+    for said in (model.fingerprint()["weights_hash"], "SD3Transformer2DModel", "16 8 8 8", "cpu"):
         assert said in text
     assert "energy" not in text  # not measured
+    assert "|  | dense, measured | plan, measured | of dense, measured | of dense, predicted |" in text
+    assert "| latency, ms | 8.5 | 4.25 | 50.0 % | 40.0 % |" in text  # not 4 of 8.5: the profile put dense at 10
+
+
+def test_the_card_says_what_is_predicted(model: Model, tmp_path: Path) -> None:
+    made(model, tmp_path / "run")
+    plan = ss.Plan.from_file(tmp_path / "run")
+
+    def card(**known: Any) -> str:
+        return (ss.save_pretrained(plan.with_(**known), tmp_path / "hub") / "README.md").read_text()
+
+    text = card(measured={})
+    assert "|  | plan, predicted | of dense, predicted |" in text and "| latency, ms | 4 | 40.0 % |" in text
+    assert "measured" not in text.partition("## Cost")[2]
+    text = card(measured={**plan.measured, "replayed": True})
+    assert "|  | dense, predicted from a recording | plan, predicted from a recording |" in text
+    assert "measured" not in text.partition("## Cost")[2]
+    assert "Not measured." in card(measured={}, predicted={})
 
 
 def test_no_file_says_where_the_model_lies_here(model: Model, tmp_path: Path) -> None:

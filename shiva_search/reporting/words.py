@@ -132,12 +132,14 @@ def limits_in_words(summary: Summary) -> dict[str, str]:
 
 
 def ratio_of(summary: Summary, part: str) -> float | None:
-    """Latency of a part relative to dense: as recorded, or from the two latencies of the same measurement."""
+    """Latency of a part relative to dense: as recorded, or from two latencies of one measurement or one prediction."""
     figures = part_of(summary, part)
     if figures.get("ratio") is not None:
         return float(figures["ratio"])
     latency_ms = figures.get("latency_ms")
-    dense_ms = figures.get("dense_latency_ms") or (summary.get("dense") or {}).get("latency_ms")
+    dense_ms = figures.get("dense_latency_ms")
+    if part == "measured" and not dense_ms:
+        dense_ms = part_of(summary, "dense").get("latency_ms")
     return latency_ms / dense_ms if latency_ms and dense_ms else None
 
 

@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage
 from shiva_search.errors import BudgetBrokenError, InputError
 from shiva_search.models.model import Model
 from shiva_search.records.budget import Budget
+from shiva_search.records.cost import CostEstimate
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.scorers import TokenScorer
@@ -170,7 +171,7 @@ def search(
         cost, plan_P, error = closed.cost, closed.plan_P, closed.error
     plan = plan_of(plan_P).with_(
         budget=budget.resolve(cost.dense).as_dict() | ({"shares": dict(budget.shares)} if budget.shares else {}),
-        predicted=cost.predict(plan_of(plan_P)).as_dict(),
+        predicted=_with_dense(cost.predict(plan_of(plan_P)), cost),
         fidelity={
             "error": error,
             "samples": samples,
@@ -222,12 +223,17 @@ def _dense_if_it_fits(
     predicted = cost.predict(plan)
     plan = plan.with_(
         budget=resolved,
-        predicted=predicted.as_dict(),
+        predicted=_with_dense(predicted, cost),
         fidelity={"error": 0.0, "samples": 0, "split": "calibration", "inputs": model.inputs_kind},
         solver={"optimality_gap": 0.0, "status": "dense fits"},
     )
     row = pareto_row(plan, 0, 0.0, predicted, cost.dense, measurement)
     return SearchResult(plan, pareto=[{**row, "chosen": True}], measurement=measurement, note=note, cost=cost)
+
+
+def _with_dense(predicted: CostEstimate, cost: PlanCost) -> dict[str, float | None]:
+    """A prediction with the dense latency that it is relative to: a measured one is of another time."""
+    return {**predicted.as_dict(), "dense_latency_ms": cost.dense.latency_ms}
 
 
 def _scaled(space: Space, cost: PlanCost, budget: Budget, scale: Mapping[str, float]) -> Space:

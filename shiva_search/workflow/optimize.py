@@ -108,7 +108,6 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
         return found.plan.with_(
             device=device.name,
             workload=model.workload.as_dict(),
-            predicted={**found.plan.predicted, "dense_latency_ms": (found.cost or cost).dense.latency_ms},
             budget=budget.resolve(cost.dense).as_dict() | ({"shares": dict(budget.shares)} if budget.shares else {}),
             origin={
                 "settings": settings.digest(),

@@ -77,8 +77,11 @@ def test_the_ratio_is_that_of_one_measurement() -> None:
         ratio_of({"measured": {"ratio": 0.64, "latency_ms": 70.0}, "dense": {"latency_ms": 100.0}}, "measured") == 0.64
     )
     assert ratio_of({"measured": {"latency_ms": 70.0, "dense_latency_ms": 140.0}}, "measured") == 0.5
-    assert ratio_of({"predicted": {"latency_ms": 70.0}, "dense": {"latency_ms": 100.0}}, "predicted") == 0.7
-    assert ratio_of({"predicted": {"latency_ms": 70.0}}, "predicted") is None
+    assert ratio_of({"measured": {"latency_ms": 70.0}, "dense": {"latency_ms": 140.0}}, "measured") == 0.5
+    predicted = {"latency_ms": 70.0, "dense_latency_ms": 100.0}
+    assert ratio_of({"predicted": predicted, "dense": {"latency_ms": 140.0}}, "predicted") == 0.7
+    # The measured dense latency is of another time, when the machine may have been faster.
+    assert ratio_of({"predicted": {"latency_ms": 70.0}, "dense": {"latency_ms": 100.0}}, "predicted") is None
 
 
 def test_a_block_whose_tokens_all_take_the_bypass_is_not_called_skipped() -> None:

@@ -43,6 +43,7 @@ def test_the_plan_holds_the_budget_as_predicted_and_is_the_best_judged(model, co
     assert result.plan.fidelity["error"] == min(fits)
     assert result.plan.fidelity["error"] == pytest.approx(fidelity(model, result.plan, samples=8, chunk=4), rel=1e-6)
     assert result.plan.predicted["latency_ms"] == cost.predict(result.plan).latency_ms
+    assert result.plan.predicted["dense_latency_ms"] == cost.dense.latency_ms
     assert result.plan.solver["optimality_gap"] == 0.0
     assert result.plan.tokens_kept[0][0] == 64
 
