@@ -273,7 +273,9 @@ def _front_rows(pareto: Sequence[Row], plan: Plan | None, notes: Footnotes) -> l
         (
             _rows_in_words(choices_of(row)),
             figure_in_words(row, "predicted_latency_ms", notes),
+            _share(row.get("predicted_ratio")),
             figure_in_words(row, "measured_latency_ms", notes, "measured latency: only some plans are measured again"),
+            _share(row.get("measured_ratio")),
             number(row["error"], 3) if row.get("error") is not None else "–",
             "chosen" if is_chosen(row, plan) else "",
         )
