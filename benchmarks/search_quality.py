@@ -8,7 +8,7 @@ says how far, and its best error by then stands for later ones.
 Layers choose token counts alone, at costs that go by operations; or, with --profile, at the measured costs of a profile
 all that `shiva-search optimize` lets them choose: counts, ranks of the bypasses that ship with the model, attention.
 
-    python -m benchmarks.search_quality [--model random-24] [--forwards 1000] [--seeds 5] [--state search.jsonl]
+    python -m benchmarks.search_quality [--model random-24] [--forwards 1000] [--seeds 0 1 2 3 4] [--state search.jsonl]
     python -m benchmarks.search_quality --model fashion-dit --profile profiles/cpu/fashion-dit
 
 It takes hours. With --state, each model, budget and seed that is done is kept there, a JSON line each, and the same
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", nargs="+", default=["fashion-dit", "random-24"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.6, 0.4])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--forwards", type=float, default=1000.0)
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name in options.model:
         problem = problems[name]
         spaces = {share: problem.space(share) for share in options.budgets}
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             in_full: InFull | None = None
             for share, space in spaces.items():
                 if (name, share, seed) in known:
