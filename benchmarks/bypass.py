@@ -224,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", nargs="*", type=float, default=[0.8, 0.6, 0.4])
     parser.add_argument("--attend", nargs="*", type=float, default=[], help="shares at which attention is compared")
-    parser.add_argument("--fit-samples", type=int, default=1152, help="calibration images of the closed form")
+    parser.add_argument("--fit-samples", type=int, default=2304, help="calibration images of the closed form")
     parser.add_argument("--train-steps", type=int, default=60)
     parser.add_argument("--samples", type=int, default=0, help="generated images per trained row")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two profiles")
