@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from shiva_search.arguments import check_model, model_for, plan_of, scorer_of, transformer_of
 from shiva_search.cost.cost_model import CostModel
 from shiva_search.cost.cost_model import fit_cost_model as _fit_cost_model
 from shiva_search.errors import InputError
-from shiva_search.models.catalog import load_model
+from shiva_search.models.catalog import load_model, shipped_bypass
 from shiva_search.models.families import family_of
 from shiva_search.models.model import Model
 from shiva_search.records.budget import Budget
@@ -18,7 +19,7 @@ from shiva_search.records.plan import Plan
 from shiva_search.records.profile import Profile, load_profile
 from shiva_search.records.workload import Workload
 from shiva_search.runtime.apply import AppliedPlan
-from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
+from shiva_search.runtime.scorers import TokenScorer
 from shiva_search.sharing import ADAPTERS, SELECTOR, beside_plan, from_pretrained, save_pretrained
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def search(
             f'a budget is a Budget, got {budget!r}; write for example Budget.parse({{"latency_ms": "60%"}})'
         )
     check_same(cost, model, None, "the cost model", "profile this model as it will be used, and fit its costs")
-    resolved = _resolve_scorer(model, scorer)
+    resolved = scorer_of(scorer, shipped_bypass(model))
     return run(model, cost, budget, trials=trials, seed=seed, scorer=resolved, measure=measure, **options)
 
 
@@ -191,12 +192,11 @@ def fit_bypasses(model: Model, kind: str = "affine", ranks: Sequence[int] | None
     Args:
         kind: "affine" or "mean".
         ranks: of the affine bypass, for the search to choose from; None: those that ship with the model, or 16 and 32.
-        **options: of selection.closed_form.fit_bypasses (samples, passes, segments, seed, progress).
+        **options: of selection.closed_form.fit_bypasses (samples, passes, segments, gates, seed, progress).
 
     Raises:
         InputError: bad settings.
     """
-    from shiva_search.models.catalog import shipped_bypass
     from shiva_search.selection.closed_form import RANKS
     from shiva_search.selection.closed_form import fit_bypasses as fit
 
@@ -214,8 +214,7 @@ def load_selector(path: str | Path) -> TrainedSelector:
     """
     from shiva_search.selection.loading import load_selector as load
 
-    path = Path(path)
-    return load(path / "selector.safetensors" if path.is_dir() else path)
+    return load(path)
 
 
 def apply_plan(
@@ -252,10 +251,10 @@ def apply_plan(
             naming what differs; a negative reuse; an argument of the wrong kind.
         UnavailableError: a hub id whose repository is neither here nor to be had.
     """
-    plan = _plan_of(plan)
-    model = _as_model(target, plan)
+    plan = plan_of(plan)
+    model = model_for(target, plan)
     plan.check_model(model.fingerprint())
-    scorer = _scorer_of(plan, selector)
+    scorer = scorer_of(selector, beside_plan(plan, SELECTOR))
     if selector is None and hasattr(scorer, "check_model"):
         scorer.check_model(model.fingerprint())
     applied = AppliedPlan(model, plan, scorer, guidance=guidance, reuse_updates=reuse_updates)
@@ -273,7 +272,7 @@ def remove_plan(target: Any) -> None:
     """Take off whatever plan is on a model, a transformer or a pipeline; nothing happens where there is none."""
     from shiva_search.runtime.apply import remove_plan as remove
 
-    remove(target.module if isinstance(target, Model) else _transformer_of(target))
+    remove(target.module if isinstance(target, Model) else transformer_of(target))
 
 
 def measure(
@@ -299,11 +298,11 @@ def measure(
     from shiva_search.devices import open_device
     from shiva_search.profiling.end_to_end import measure_plans
 
-    _check_model("measure", model)
+    check_model("measure", model)
     if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
         raise InputError(f"measuring takes a finite number of seconds above zero, got {seconds!r}; try seconds=20.0")
-    plan = _plan_of(plan)
-    scorer = _scorer_of(plan, selector)
+    plan = plan_of(plan)
+    scorer = scorer_of(selector, beside_plan(plan, SELECTOR))
     return measure_plans(model, [plan], open_device(device), scorer_for=lambda _: scorer, seconds=seconds, seed=seed)[0]
 
 
@@ -327,9 +326,11 @@ def fidelity(
     """
     from shiva_search.search.fidelity import fidelity as evaluate
 
-    _check_model("fidelity", model)
-    plan = _plan_of(plan)
-    return evaluate(model, plan, _scorer_of(plan, selector), split=split, samples=samples, seed=seed)
+    check_model("fidelity", model)
+    plan = plan_of(plan)
+    return evaluate(
+        model, plan, scorer_of(selector, beside_plan(plan, SELECTOR)), split=split, samples=samples, seed=seed
+    )
 
 
 def optimize(
@@ -353,48 +354,6 @@ def optimize(
         resume=resume,
         progress=progress or (lambda _: None),
     ).summary
-
-
-def _plan_of(plan: Plan | str | Path) -> Plan:
-    if isinstance(plan, Plan):
-        return plan
-    if not isinstance(plan, (str, Path)):
-        raise InputError(
-            f"a plan is a Plan, a path or a hub id, got {plan!r}; make one with Plan.uniform(model, keep=0.6), or "
-            "Plan.from_rows(model, rows) with a list of k per segment"
-        )
-    return from_pretrained(plan)
-
-
-def _check_model(stage: str, model: Model) -> None:
-    if not isinstance(model, Model):
-        raise InputError(
-            f"{stage} takes a Model, got a {type(model).__name__}; make one with load_model(name) or wrap(module)"
-        )
-
-
-def _as_model(target: Any, plan: Plan) -> Model:
-    if isinstance(target, Model):
-        return target
-    module = _transformer_of(target)
-    family = family_of(type(module).__name__)
-    if family is None:
-        raise InputError(
-            f"apply_plan takes a Model, a diffusers transformer or a pipeline with one, got {type(target).__name__}; "
-            "wrap other transformers with shiva_search.wrap(module, example=...)"
-        )
-    if plan.workload:
-        workload = Workload.from_dict(dict(plan.workload))
-    else:  # a plan made by hand
-        config = dict(module.config)
-        workload = family.defaults(config).override(resolution=family.resolution_of(config, plan.tokens))
-    return Model(module, type(module).__name__, family, workload)
-
-
-def _transformer_of(target: Any) -> Any:
-    """The transformer of a pipeline, or the module itself; what torch.compile wraps around it left off."""
-    module = getattr(target, "transformer", target)
-    return getattr(module, "_orig_mod", module)
 
 
 def _put_on_adapters(model: Model, path: Path) -> Callable[[], object]:
@@ -429,33 +388,6 @@ def _probed(module: nn.Module, example: Mapping[str, Any], name: str) -> Model:
             f"a plan that keeps all tokens does not give the bits of {name}; it cannot be used without an adapter"
         )
     return model
-
-
-def _scorer_of(plan: Plan, selector: Selector) -> TokenScorer:
-    beside = beside_plan(plan, SELECTOR)
-    if selector is None and beside is not None:
-        return load_selector(beside)
-    return _by_name("stride" if selector is None else selector)
-
-
-def _resolve_scorer(model: Model, selector: Selector) -> TokenScorer:
-    from shiva_search.models.catalog import shipped_bypass
-
-    shipped = shipped_bypass(model)
-    if selector is None and shipped is not None:
-        return load_selector(shipped)
-    return _by_name("stride" if selector is None else selector)
-
-
-def _by_name(selector: TokenScorer | str) -> TokenScorer:
-    if isinstance(selector, str):
-        return scorer_by_name(selector)
-    if not callable(selector):
-        raise InputError(
-            f"a selector is a scorer's name, a callable or a trained selector, got {selector!r}; read one from a file "
-            "with load_selector(path), or leave it out for the plan's own"
-        )
-    return selector
 
 
 def _untrained(model: Model, bypass: str) -> TokenScorer:

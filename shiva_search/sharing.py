@@ -9,7 +9,7 @@ README.md               a model card
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from shiva_search import __version__
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.records.files import write_text
 from shiva_search.records.plan import Plan, row_in_words
+from shiva_search.reporting.words import number, percent
 
 if TYPE_CHECKING:
     import torch
@@ -191,15 +192,17 @@ def _cost_table(plan: Plan) -> list[str]:
     source = "predicted from a recording" if measured.get("replayed") else "measured"
     only_predicted = {} if measured.get("latency_ms") else predicted
 
-    def column(title: str, values: Iterable[float | None], form: str = "{:.4g}") -> tuple[str, list[str]]:
-        return title, ["" if value is None else form.format(value).replace("%", " %") for value in values]
+    def column(
+        title: str, values: Iterable[float | None], in_words: Callable[[float], str] = number
+    ) -> tuple[str, list[str]]:
+        return title, ["" if value is None else in_words(value) for value in values]
 
     columns = [
         column(f"dense, {source}", (measured.get(f"dense_{name}") for name in _COSTS)),
         column(f"plan, {source}", (measured.get(name) for name in _COSTS)),
-        column(f"of dense, {source}", (_share_of_dense(measured, name) for name in _COSTS), "{:.1%}"),
+        column(f"of dense, {source}", (_share_of_dense(measured, name) for name in _COSTS), percent),
         column("plan, predicted", (only_predicted.get(name) for name in _COSTS)),
-        column("of dense, predicted", (_share_of_dense(predicted, name) for name in _COSTS), "{:.1%}"),
+        column("of dense, predicted", (_share_of_dense(predicted, name) for name in _COSTS), percent),
     ]
     columns = [(title, cells) for title, cells in columns if any(cells)]
     if not columns:

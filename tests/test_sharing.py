@@ -68,7 +68,7 @@ def test_the_card_says_what_it_is_for(model: Model, tmp_path: Path) -> None:
         assert said in text
     assert "energy" not in text  # not measured
     assert "|  | dense, measured | plan, measured | of dense, measured | of dense, predicted |" in text
-    assert "| latency, ms | 8.5 | 4.25 | 50.0 % | 40.0 % |" in text  # not 4 of 8.5: the profile put dense at 10
+    assert "| latency, ms | 8.500 | 4.250 | 50 % | 40 % |" in text  # not 4 of 8.5: the profile put dense at 10
 
 
 def test_the_card_says_what_is_predicted(model: Model, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_card_says_what_is_predicted(model: Model, tmp_path: Path) -> None:
         return (ss.save_pretrained(plan.with_(**known), tmp_path / "hub") / "README.md").read_text()
 
     text = card(measured={})
-    assert "|  | plan, predicted | of dense, predicted |" in text and "| latency, ms | 4 | 40.0 % |" in text
+    assert "|  | plan, predicted | of dense, predicted |" in text and "| latency, ms | 4.000 | 40 % |" in text
     assert "measured" not in text.partition("## Cost")[2]
     text = card(measured={**plan.measured, "replayed": True})
     assert "|  | dense, predicted from a recording | plan, predicted from a recording |" in text

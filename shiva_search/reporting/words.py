@@ -1,4 +1,4 @@
-"""Figures of a run in words, as the terminal, the plots and the page say them.
+"""Figures of a run in words, as the terminal, the plots, the page and the model card say them.
 
 In: the run's summary and plan. Out: texts with units. A figure that is not known is a dash whose footnote says why.
 """

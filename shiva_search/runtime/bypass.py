@@ -91,7 +91,7 @@ class AffineBypass(nn.Module):
         width, dtype = x_BND.shape[-1], x_BND.dtype
         wide = torch.promote_types(dtype, torch.float32)
         taken = self.rank if rank is None else min(rank, self.rank)
-        normed_QD, tokens_QD = (self._maps(way, condition_BC, row, rank) for way in ("normed", "tokens"))
+        normed_QD, tokens_QD = self._maps(condition_BC, row, rank)
         normed_QD = normed_QD - normed_QD.mean(-1, keepdim=True)
         rows = normed_QD.shape[-2]
         ones_1D = torch.full_like(normed_QD[..., :1, :], 1.0 / width)
@@ -115,8 +115,8 @@ class AffineBypass(nn.Module):
         normed_BC = F.layer_norm(condition_BC.to(wide), condition_BC.shape[-1:])
         return F.linear(normed_BC, self.over_condition.to(wide), self.gate.to(wide))
 
-    def _maps(self, way: str, condition_BC: torch.Tensor, row: int, rank: int | None) -> torch.Tensor:
-        """What reads n(x) or x: of all rows or one rank's; [Q, D], or where there are gates of each image [B, Q, D]."""
+    def _maps(self, condition_BC: torch.Tensor, row: int, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What reads n(x) and what reads x, for one rank or all: [Q, D] each; where there are gates [B, Q, D]."""
 
         def taken(of_QD: torch.Tensor) -> torch.Tensor:
             if rank is None:
@@ -124,12 +124,15 @@ class AffineBypass(nn.Module):
             score = self.rank + self._place(rank)
             return torch.cat([of_QD[..., : min(rank, self.rank), :], of_QD[..., score : score + 1, :]], dim=-2)
 
-        base_QD = taken(getattr(self, f"over_{way}")[row])
+        normed_QD, tokens_QD = taken(self.over_normed[row]), taken(self.over_tokens[row])
         if not self.gates:
-            return base_QD
-        gated_JQD = taken(getattr(self, f"gated_{way}")[row])
-        gates_BJ = self.gates_of(condition_BC).to(gated_JQD.dtype)
-        return base_QD + torch.einsum("bj,jqd->bqd", gates_BJ, gated_JQD)
+            return normed_QD, tokens_QD
+        gates_BJ = self.gates_of(condition_BC).to(normed_QD.dtype)
+
+        def of_each_image(base_QD: torch.Tensor, gated_JQD: torch.Tensor) -> torch.Tensor:
+            return base_QD + torch.einsum("bj,jqd->bqd", gates_BJ, taken(gated_JQD))
+
+        return of_each_image(normed_QD, self.gated_normed[row]), of_each_image(tokens_QD, self.gated_tokens[row])
 
     def scores(self, hidden_BNQ: torch.Tensor, rank: int) -> torch.Tensor:
         """How much each token would miss with this rank [B, N], as a log: comparable between tokens of a sample.
