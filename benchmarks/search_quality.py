@@ -11,8 +11,8 @@ all that `shiva-search optimize` lets them choose: counts, ranks of the bypasses
     python -m benchmarks.search_quality [--model random-24] [--forwards 1000] [--seeds 0 1 2 3 4] [--state search.jsonl]
     python -m benchmarks.search_quality --model fashion-dit --profile profiles/cpu/fashion-dit
 
-It takes hours. With --state, each model, budget and seed that is done is kept there, a JSON line each, and the same
-command goes on from there.
+It takes hours. With --state, what each method found for a model, budget and seed is kept there, a JSON line each, and
+the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from shiva_search.search.variants import variants_of
 
 Curve = list[tuple[float, float]]
 BASELINES = ("tpe", "nsga2", "gp", "random")
+POINTS = (10, 20, 30, 60, 100, 300, 1000)
 
 
 @dataclass(frozen=True)
@@ -226,52 +227,57 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--forwards", type=float, default=1000.0)
     parser.add_argument("--ours-forwards", type=float, default=300.0)
-    parser.add_argument(
-        "--baselines", nargs="*", default=list(BASELINES), choices=["tpe", "nsga2", "nsga3", "gp", "random"]
-    )
+    parser.add_argument("--methods", nargs="+", default=["ours", *BASELINES], choices=["ours", *BASELINES, "nsga3"])
     parser.add_argument("--gp-seconds", type=float, default=60.0, help="of proposing, for the Gaussian process")
     parser.add_argument("--profile", type=Path, help="folder of measured costs; layers may then do all they can")
     parser.add_argument("--state", type=Path, help="where to keep what is done, and to go on from")
     options = parser.parse_args(arguments)
 
     asked = {name: getattr(options, name) for name in ("samples", "chunk", "forwards", "ours_forwards", "gp_seconds")}
-    asked |= {"profile": None if options.profile is None else str(options.profile), "baselines": options.baselines}
-    before = begun(options.state, asked)
-    known = {(row["model"], row["budget"], row["seed"]): row for row in before}
-    problems = {name: Problem.of(name, options.profile) for name in options.model}
+    asked |= {"profile": None if options.profile is None else str(options.profile)}
+    done = begun(options.state, asked)
+    known = {(row["model"], row["budget"], row["seed"], row["method"]): row for row in done}
     rows = []
     for name in options.model:
-        problem = problems[name]
+        problem = Problem.of(name, options.profile)
         spaces = {share: problem.space(share) for share in options.budgets}
         for seed in options.seeds:
-            in_full: InFull | None = None
+            in_full = InFull(problem.evaluator(spaces[options.budgets[0]], seed, options.samples, options.samples))
             for share, space in spaces.items():
-                if (name, share, seed) in known:
-                    rows.append(known[name, share, seed])
-                    continue
-                evaluator = problem.evaluator(space, seed, options.samples, options.chunk)
-                in_full = in_full or InFull(problem.evaluator(space, seed, options.samples, options.samples))
-                curves = {"ours": ours(space, evaluator, seed, options.ours_forwards)}
-                for other in options.baselines:
-                    most_s = options.gp_seconds if other == "gp" else np.inf
-                    curves[other] = baseline(other, space, in_full, seed, options.forwards, most_s)
-                row = {
-                    "model": name,
-                    "budget": share,
-                    "seed": seed,
-                    "forwards": {method: round(curve[-1][0], 1) for method, curve in curves.items()},
-                }
-                for point in (10, 20, 30, 60, 100, 300, 1000):
-                    row[f"after_{point}"] = {method: at(curve, point) for method, curve in curves.items()}
-                rows.append(row)
-                keep(options.state, row)
-    result = summarise(rows, options.baselines)
+                judged: dict[str, Any] = {}
+                for method in options.methods:
+                    if (name, share, seed, method) not in known:
+                        if method == "ours":
+                            evaluator = problem.evaluator(space, seed, options.samples, options.chunk)
+                            curve = ours(space, evaluator, seed, options.ours_forwards)
+                        else:
+                            most_s = options.gp_seconds if method == "gp" else np.inf
+                            curve = baseline(method, space, in_full, seed, options.forwards, most_s)
+                        row = {"model": name, "budget": share, "seed": seed, "method": method}
+                        row |= {"forwards": round(curve[-1][0], 1)}
+                        row |= {f"after_{point}": at(curve, point) for point in POINTS}
+                        keep(options.state, row)
+                        known[name, share, seed, method] = row
+                    judged[method] = known[name, share, seed, method]
+                rows.append(
+                    {"model": name, "budget": share, "seed": seed}
+                    | {
+                        key: {method: row[key] for method, row in judged.items()}
+                        for key in ("forwards", *(f"after_{point}" for point in POINTS))
+                    }
+                )
+    result = summarise(rows, [method for method in options.methods if method != "ours"])
     print("RESULT " + json.dumps(result))
     return result
 
 
 def summarise(rows: list[dict[str, Any]], baselines: Sequence[str]) -> dict[str, Any]:
-    """Geometric means over models, budgets and seeds; the best other is chosen for each row by itself."""
+    """Geometric means over models, budgets and seeds; the best other is chosen for each row by itself.
+
+    Empty where this search was not among the methods.
+    """
+    if not all("ours" in row["forwards"] for row in rows):
+        return {}
 
     def mean(values: list[float]) -> float | None:
         finite = [value for value in values if np.isfinite(value)]
