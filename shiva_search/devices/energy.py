@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import NamedTuple, Protocol
 from ..errors import UnavailableError
 from .base import EnergySample, Run
 
-_SETTLING_POLLS = 5  # until runs per poll are known
+_STEADY_POLLS = 5  # without a change of the runs per poll
 
 
 class SensorError(UnavailableError):
@@ -56,6 +57,36 @@ class _Reading(NamedTuple):
     seconds: float
     joules: float
     runs: int
+
+
+class _Pace:
+    """How many runs there are between two readings: enough that reading is rare and that a device never waits for it.
+
+    A reading can take longer than a run (milliseconds with NVML). A device with a queue works on meanwhile, if there
+    is enough in the queue: then what was queued before is still being waited for afterwards.
+
+    Attributes:
+        runs: between two readings; only ever grows.
+    """
+
+    def __init__(self, poll_s: float, has_queue: bool) -> None:
+        self.runs = 1
+        self._poll_s = poll_s
+        self._has_queue = has_queue
+        self._unchanged = 0
+
+    @property
+    def steady(self) -> bool:
+        """Whether the count has stayed the same for a while: one that changes shifts the two ends of a window."""
+        return self._unchanged >= _STEADY_POLLS
+
+    def see(self, queueing_s: float, waiting_s: float, reading_s: float) -> None:
+        """What the last poll spent its time on."""
+        too_often = queueing_s + waiting_s + reading_s < self._poll_s
+        # A host that takes long to queue is the one that is busy; more runs do not change that.
+        idled = self._has_queue and waiting_s < reading_s and queueing_s < max(self._poll_s, 2 * reading_s)
+        self._unchanged = 0 if too_often or idled else self._unchanged + 1
+        self.runs *= 2 if too_often or idled else 1
 
 
 class EnergyMeter:
@@ -119,32 +150,30 @@ class EnergyMeter:
         last = _Reading(begun, self.source.read_j(), 0)
         edges: list[_Reading] = []
         polls = 0  # since the first edge
-        per_poll = 1
-        wait, finished = self._queue(run, per_poll), per_poll
+        pace = _Pace(self._poll_s, has_queue=self._mark is not None)
+        # With a queue, readings find the device at the start of the runs queued last: a window holds whole ones.
+        queued = deque([] if self._mark is None else [(self._queue(run, 1), 1)])
         while True:
-            if self._mark is not None:
-                # Readings find the device at the start of the runs queued last, where queueing takes it less time than
-                # running, so that a window holds whole ones.
-                upcoming = self._queue(run, per_poll)
+            since = time.perf_counter()
+            queued.append((self._queue(run, pace.runs), pace.runs))
+            queueing_s = time.perf_counter() - since
+            wait, runs = queued.popleft()
             wait()
-            now = _Reading(time.perf_counter(), self.source.read_j(), finished)
+            now_s = time.perf_counter()
+            now = _Reading(now_s, self.source.read_j(), last.runs + runs)
             polls += bool(edges)
-            # With runs queued ahead, counts that still change would shift the ends of a window against each other.
-            settled = self._mark is None or now.seconds - begun >= _SETTLING_POLLS * self._poll_s
-            if now.joules != last.joules and settled:
+            if pace.steady and now.joules != last.joules:
                 edges.append(now)
+            if not edges:
+                pace.see(queueing_s, now_s - since - queueing_s, time.perf_counter() - now_s)
             last = now
+            if not pace.steady:
+                begun = now.seconds
             origin_s = edges[0].seconds if edges else begun
             if len(edges) > self._min_ticks and edges[-1].seconds - origin_s >= min_seconds:
                 break
             if now.seconds - origin_s >= limit_s:
                 break
-            if self._mark is not None:
-                wait, finished = upcoming, finished + per_poll
-            if self._mark is None or not edges:
-                per_poll = max(1, int(self._poll_s * now.runs / (now.seconds - begun)))
-            if self._mark is None:
-                wait, finished = self._queue(run, per_poll), finished + per_poll
         self._synchronize()
         return self._judged(edges, polls, min_seconds, begun, last)
 
