@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shiva_search.errors import InputError
+from shiva_search.runtime.derived import Derived, Tensors
 from shiva_search.runtime.scorers import TokenScorer
 from shiva_search.runtime.selector import Selector
 
@@ -72,6 +73,7 @@ class AffineBypass(nn.Module):
             self.gated_tokens = nn.Parameter(torch.zeros(segments, gates, rows, width))
             self.over_condition = nn.Parameter(torch.zeros(gates, condition_width))
             self.gate = nn.Parameter(torch.zeros(gates))
+        self._derived = Derived()
 
     def read(
         self, x_BND: torch.Tensor, condition_BC: torch.Tensor, row: int = 0, rank: int | None = None
@@ -91,15 +93,16 @@ class AffineBypass(nn.Module):
         width, dtype = x_BND.shape[-1], x_BND.dtype
         wide = torch.promote_types(dtype, torch.float32)
         taken = self.rank if rank is None else min(rank, self.rank)
-        normed_QD, tokens_QD = self._maps(condition_BC, row, rank)
-        normed_QD = normed_QD - normed_QD.mean(-1, keepdim=True)
-        rows = normed_QD.shape[-2]
-        ones_1D = torch.full_like(normed_QD[..., :1, :], 1.0 / width)
-        reading = _aligned(torch.cat([normed_QD, tokens_QD, ones_1D], dim=-2), x_BND.device)
-        read_BNQ = torch.matmul(x_BND, reading.to(dtype).transpose(-1, -2)).to(wide)
+        rows = self.rank + len(self.ranks) if rank is None else taken + 1
+        base_E, *gated = self._readings(row, rank, x_BND.device)
+        if gated:
+            reading_BE = torch.addmm(base_E, self.gates_of(condition_BC).to(base_E.dtype), *gated).to(dtype)
+            read_BNQ = torch.bmm(x_BND, reading_BE.view(len(x_BND), -1, width).transpose(1, 2)).to(wide)
+        else:
+            read_BNQ = F.linear(x_BND, base_E.view(-1, width).to(dtype)).to(wide)
         mean_BN1 = read_BNQ[..., 2 * rows, None]
         square_BN1 = torch.linalg.vector_norm(x_BND, dim=-1, keepdim=True, dtype=wide).square() / width
-        scale_BN1 = torch.rsqrt((square_BN1 - mean_BN1.square()).clamp_min(0.0) + _EPS)
+        scale_BN1 = torch.rsqrt(torch.addcmul(square_BN1, mean_BN1, mean_BN1, value=-1).clamp_min(0.0) + _EPS)
         hidden_BNQ = torch.addcmul(read_BNQ[..., rows : 2 * rows], read_BNQ[..., :rows], scale_BN1)
         if not taken:
             return hidden_BNQ
@@ -115,8 +118,11 @@ class AffineBypass(nn.Module):
         normed_BC = F.layer_norm(condition_BC.to(wide), condition_BC.shape[-1:])
         return F.linear(normed_BC, self.over_condition.to(wide), self.gate.to(wide))
 
-    def _maps(self, condition_BC: torch.Tensor, row: int, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What reads n(x) and what reads x, for one rank or all: [Q, D] each; where there are gates [B, Q, D]."""
+    def _readings(self, row: int, rank: int | None, device: torch.device) -> Tensors:
+        """What reads tokens for one rank, or all, flat: rows over n(x), rows over x, one that gives the mean [Q' * D].
+
+        With gates also what each of them adds to it [J, Q' * D].
+        """
 
         def taken(of_QD: torch.Tensor) -> torch.Tensor:
             if rank is None:
@@ -124,15 +130,34 @@ class AffineBypass(nn.Module):
             score = self.rank + self._place(rank)
             return torch.cat([of_QD[..., : min(rank, self.rank), :], of_QD[..., score : score + 1, :]], dim=-2)
 
-        normed_QD, tokens_QD = taken(self.over_normed[row]), taken(self.over_tokens[row])
-        if not self.gates:
-            return normed_QD, tokens_QD
-        gates_BJ = self.gates_of(condition_BC).to(normed_QD.dtype)
+        def reading(normed_QD: torch.Tensor, tokens_QD: torch.Tensor, mean: float) -> torch.Tensor:
+            normed_QD = taken(normed_QD)
+            mean_1D = torch.full_like(normed_QD[..., :1, :], mean)
+            parts = [normed_QD - normed_QD.mean(-1, keepdim=True), taken(tokens_QD), mean_1D]
+            return _aligned(torch.cat(parts, dim=-2), device).flatten(-2)
 
-        def of_each_image(base_QD: torch.Tensor, gated_JQD: torch.Tensor) -> torch.Tensor:
-            return base_QD + torch.einsum("bj,jqd->bqd", gates_BJ, taken(gated_JQD))
+        def make() -> Tensors:
+            base_E = reading(self.over_normed[row], self.over_tokens[row], 1.0 / self.mean.shape[-1])
+            if not self.gates:
+                return (base_E,)
+            return base_E, reading(self.gated_normed[row], self.gated_tokens[row], 0.0)
 
-        return of_each_image(normed_QD, self.gated_normed[row]), of_each_image(tokens_QD, self.gated_tokens[row])
+        weights = [self.over_normed, self.over_tokens]
+        weights += [self.gated_normed, self.gated_tokens] if self.gates else []
+        return self._derived.get(("reading", row, rank), weights, make)
+
+    def _out(self, row: int, rank: int, like: torch.Tensor) -> torch.Tensor:
+        """From hidden values, and 1, to tokens [R', D], in their type."""
+
+        def make() -> Tensors:
+            both_RD = torch.cat([self.out[row, :rank], self.mean[row, None]])
+            return (_aligned(both_RD, like.device).to(like.dtype),)
+
+        return self._derived.get(("out", row, rank, like.dtype), [self.out, self.mean], make)[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._derived.clear()  # moved elsewhere, or to another type
+        return super()._apply(fn, recurse)
 
     def scores(self, hidden_BNQ: torch.Tensor, rank: int) -> torch.Tensor:
         """How much each token would miss with this rank [B, N], as a log: comparable between tokens of a sample.
@@ -157,7 +182,7 @@ class AffineBypass(nn.Module):
             return x_BND + self.mean[row].to(x_BND.dtype)
         # The constant travels as one more hidden value, so that the product adds up all there is in one pass.
         ones = torch.ones_like(hidden_BNR[..., :1])
-        out = _aligned(torch.cat([self.out[row, :rank], self.mean[row, None]]), x_BND.device).to(x_BND.dtype)
+        out = self._out(row, rank, x_BND)
         hidden = torch.cat([hidden_BNR[..., :rank], ones.expand(*ones.shape[:-1], len(out) - rank)], dim=-1)
         hidden = hidden.to(x_BND.dtype)
         moved = torch.addmm(x_BND.flatten(0, 1), hidden.flatten(0, 1), out).view(x_BND.shape)
