@@ -12,7 +12,7 @@ from torch import nn
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
-from shiva_search.runtime.bypass import AffineBypass
+from shiva_search.runtime.bypass import AffineBypass, module_of
 from shiva_search.runtime.compiled import compiled_attend_all, compiled_forwards
 from shiva_search.runtime.graphs import ForwardGraphs
 from shiva_search.runtime.places import Attached, StandIn
@@ -168,7 +168,7 @@ class AppliedPlan:
         place = next(self.model.module.parameters()).device
         if place.type != "cuda":
             raise UnavailableError(f"CUDA graphs need a model on a GPU, this one is on {place}; move it there first")
-        self.graphs = ForwardGraphs(self.model.module)
+        self.graphs = ForwardGraphs(self.model.module, module_of(self.controller.scorer))
         return self
 
     def row_of(self, t_B: torch.Tensor) -> int:

@@ -268,6 +268,12 @@ class Accompanied:
         return self.scorer(x_BND, t_B, condition_BC, layer, **history)
 
 
+def module_of(scorer: TokenScorer) -> nn.Module | None:
+    """What has weights in a scorer, if anything."""
+    found = scorer.bank if isinstance(scorer, Accompanied) else scorer
+    return found if isinstance(found, nn.Module) else None
+
+
 def _aligned(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
     """With rows of zeros on a GPU: half-precision products of odd sizes take five times as long there."""
     return F.pad(matrix, (0, 0, 0, -matrix.shape[-2] % _ALIGNED)) if device.type == "cuda" else matrix

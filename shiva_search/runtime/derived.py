@@ -12,6 +12,11 @@ import torch
 Tensors = tuple[torch.Tensor, ...]
 
 
+def version_of(weight: torch.Tensor) -> int:
+    """How often a weight was written to; tensors of inference mode do not count."""
+    return 0 if weight.is_inference() else weight._version
+
+
 class Derived:
     """Tensors by a key of the owner's. Where weights are trained, or torch.compile traces, they are made each time."""
 
@@ -28,7 +33,7 @@ class Derived:
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(w.requires_grad for w in weights):
             return make()
-        seen = [(weight, 0 if weight.is_inference() else weight._version) for weight in weights]
+        seen = [(weight, version_of(weight)) for weight in weights]
         kept = self._kept.get(key)
         if kept is not None and all(a is b and v == w for (a, v), (b, w) in zip(kept[0], seen, strict=True)):
             return kept[1]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shiva_search.errors import InputError, UnavailableError
+from shiva_search.runtime.derived import version_of
 
 _TENSOR = object()
 
@@ -23,11 +24,14 @@ class ForwardGraphs:
 
     Args:
         module: whose forward it is; where its weights move, graphs are recorded anew.
+        selector: what ranks tokens and moves rejected ones. Graphs hold what is made of its weights, so they are
+            recorded anew where these are written to as well.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, selector: nn.Module | None = None) -> None:
         self._module = module
-        self._weights: tuple[int, ...] = ()
+        self._selector = selector
+        self._weights: tuple[Any, ...] = ()
         self._replays: dict[Any, Callable[..., Any]] = {}
         self._pool: Any = None
 
@@ -46,7 +50,9 @@ class ForwardGraphs:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         kind = (row, spec, *(_kind(leaf) for leaf in leaves))
-        weights = tuple(parameter.data_ptr() for parameter in self._module.parameters())
+        weights: tuple[Any, ...] = tuple(parameter.data_ptr() for parameter in self._module.parameters())
+        if self._selector is not None:
+            weights += tuple((weight.data_ptr(), version_of(weight)) for weight in self._selector.parameters())
         if weights != self._weights:
             self._weights, self._replays, self._pool = weights, {}, None
         try:

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from shiva_search.errors import InputError
 from shiva_search.models.attend_all import AttendAll
 from shiva_search.models.joint import CONTEXT
 from shiva_search.models.model import Layer
 from shiva_search.records.plan import Kept
-from shiva_search.runtime.bypass import Accompanied, AffineBypass, BypassBank
+from shiva_search.runtime.bypass import AffineBypass, BypassBank, module_of
 from shiva_search.runtime.places import StandIn
 from shiva_search.runtime.reuse import ReusedUpdates
 from shiva_search.runtime.scorers import History, TokenScorer
@@ -147,8 +146,8 @@ class Controller:
 
 def _follow(scorer: TokenScorer, device: torch.device) -> None:
     """Move a selector to where an offloading hook moved the tokens. Not to the meta device, which would lose it."""
-    selector = scorer.bank if isinstance(scorer, Accompanied) else scorer
-    if not isinstance(selector, nn.Module) or device.type == "meta":
+    selector = module_of(scorer)
+    if selector is None or device.type == "meta":
         return
     first = next(selector.parameters(), None)
     if first is not None and first.device != device:

@@ -20,6 +20,7 @@ from shiva_search.models.model import Model
 from shiva_search.records.plan import Plan
 from shiva_search.runtime.apply import AppliedPlan
 from shiva_search.runtime.graphs import ForwardGraphs
+from shiva_search.selection.closed_form import untrained_bypasses
 
 Flat = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -106,6 +107,23 @@ def test_each_segment_has_its_graph(model: Model, made: list[int]) -> None:
     assert len(made) == 2
     for mine, its in zip(found, wanted, strict=False):
         torch.testing.assert_close(mine, its, rtol=0, atol=0)
+
+
+def test_a_selector_that_was_written_to_is_recorded_anew(model: Model, made: list[int]) -> None:
+    plan = Plan.uniform(model, 0.5)
+    bank = untrained_bypasses(model, ranks=(8,)).requires_grad_(False)
+    with torch.no_grad():
+        with ss.apply_plan(model, plan, bank) as handle:
+            handle.graphs = ForwardGraphs(model.module, bank)
+            before = [model.predict(model.example(1)) for _ in range(2)][-1]
+            for weight in bank.parameters():
+                torch.nn.init.normal_(weight)
+            found = [model.predict(model.example(1)) for _ in range(2)][-1]
+        with ss.apply_plan(model, plan, bank):
+            wanted = model.predict(model.example(1))
+    assert len(made) == 2
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert not torch.equal(before, found)
 
 
 def test_gradients_are_not_for_graphs(model: Model, made: list[int]) -> None:
