@@ -162,10 +162,11 @@ def close_loop(
         cost = cost.corrected(plan, measurement.ratio)
         rounds.append(_round(len(rounds) + 1, plan, predicted.latency_ms, cost, measurement, budget, ok))
         used = usage(budget, measurement, cautious=True)
+        most = max(used, key=lambda metric: used[metric], default="latency_ms")
         say(
             f"round {len(rounds)}: predicted {rounds[-1]['predicted_ratio']:.1%}, measured {measurement.ratio:.1%} of "
-            f"dense (at most {measurement.ratio_high:.1%}), {'holds' if ok else 'breaks'} the budget "
-            f"({max(used.values(), default=0.0):.1%} of it used at most)"
+            f"the dense latency (at most {measurement.ratio_high:.1%}), {'holds' if ok else 'breaks'} the budget "
+            f"({used.get(most, 0.0):.1%} of its {CONSTRAINT_NAMES[most].replace('_', ' ')} used at most)"
         )
         if not ok:
             failed |= {plan_P.tobytes()}
