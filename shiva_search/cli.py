@@ -368,6 +368,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = _INTERRUPTED
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()) if hasattr(error, "format_message") else str(error)
+        message = message.replace("Value error, ", "")  # what the checker of choices puts before its reason
         context = getattr(error, "ctx", None)
         command = f" {context.info_name}" if context is not None and context.parent is not None else ""
         _say(f"error: {message.rstrip('.')}; `shiva-search{command} --help` shows the usage")

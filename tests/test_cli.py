@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from shiva_search.cli import app, main
 
@@ -115,7 +116,9 @@ def test_an_unreadable_plan_is_refused(capsys: pytest.CaptureFixture[str], tmp_p
 def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "devices", "--json")
     assert code == 0
-    assert {entry["device"] for entry in json.loads(out)["devices"]} >= {"cpu"}
+    found = {entry["device"]: entry for entry in json.loads(out)["devices"]}
+    assert found["cpu"]["available"]
+    assert torch.cuda.is_available() or "no CUDA device is available" in found["cuda"]["reason"]
     code, out, _ = run(capsys, "models", "--json")
     listed = json.loads(out)
     assert "fashion-dit" in [row["name"] for row in listed["models"]]

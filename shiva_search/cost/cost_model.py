@@ -42,11 +42,11 @@ class CostModel(CostTable):
         alignment: tokens a kernel's tile spans.
     """
 
-    evidence: Evidence | None = None
-    held_out: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Evidence | None = field(default=None, repr=False)
+    held_out: Mapping[str, Any] = field(default_factory=dict, repr=False)
     corrections: Mapping[str, float] = field(default_factory=dict)
-    edges: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    power: Mapping[str, Any] | None = None
+    edges: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    power: Mapping[str, Any] | None = field(default=None, repr=False)
     alignment: int = 1
 
     def candidates(self, min_keep: float | None = None) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -106,9 +107,9 @@ class Model:
         origin: where the weights come from ("built in", "random weights", a path).
     """
 
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     name: str
-    family: Family
+    family: Family = field(repr=False)
     workload: Workload
     calibration: Calibration | None = None
     origin: str = ""
@@ -184,7 +185,7 @@ class Model:
             InputError: no such split, or no samples.
         """
         offsets = {"train": 0, "calibration": 1, "evaluation": 2}
-        if split not in offsets or not isinstance(count, int) or count < 1:
+        if split not in offsets or not isinstance(count, Integral) or count < 1:
             raise InputError(
                 f"a batch is 1 sample or more of {', '.join(offsets)}, got {count} of {split!r}; name one of these"
             )

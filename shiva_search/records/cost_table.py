@@ -91,11 +91,11 @@ class CostTable:
     tokens: int
     workload: Mapping[str, Any]
     layers: tuple[str, ...]
-    curves: Mapping[str, Mapping[str, Curve]]
+    curves: Mapping[str, Mapping[str, Curve]] = field(repr=False)
     fixed_costs: Mapping[str, float]
     interval: float
-    missing: Mapping[str, str] = field(default_factory=dict)
-    extras: Mapping[str, Mapping[str, Mapping[str, Curve]]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict, repr=False)
+    extras: Mapping[str, Mapping[str, Mapping[str, Curve]]] = field(default_factory=dict, repr=False)
 
     @property
     def layer_count(self) -> int:

@@ -155,14 +155,14 @@ class Profile:
     tokens: int
     layers: tuple[str, ...]
     workload: Mapping[str, Any]
-    rows: tuple[Row, ...] = ()
-    forwards: tuple[Forward, ...] = ()
+    rows: tuple[Row, ...] = field(default=(), repr=False)
+    forwards: tuple[Forward, ...] = field(default=(), repr=False)
     rest: Mapping[str, float | None] = field(default_factory=dict)
     dense: Mapping[str, float | None] = field(default_factory=dict)
-    missing: Mapping[str, str] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict, repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     complete: bool = True
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -15,7 +15,8 @@ from shiva_search.workflow.answer import Answer
 def devices_command() -> Answer:
     """`shiva-search devices`: what each device and sensor can do, and why not."""
     found: list[dict[str, Any]] = []
-    for name in list_devices():
+    names = list_devices()
+    for name in names if any(known.startswith("cuda") for known in names) else [*names, "cuda"]:
         try:
             device = open_device(name)
         except ShivaError as error:
