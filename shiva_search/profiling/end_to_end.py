@@ -91,9 +91,12 @@ def measure_plans(
             has_energy = energy_reason(device) is None
             sampler.run(seconds * (1 - _ENERGY_SHARE if has_energy else 1), _report(progress, len(cells)))
             estimates = sampler.finish()
-            share_s = seconds * _ENERGY_SHARE / (len(cells) + 1)
-            dense_costs = other_costs(sampler, device, reference, share_s)
+            share_s = seconds * _ENERGY_SHARE / (len(cells) + (2 if has_energy else 1))
+            before = other_costs(sampler, device, reference, share_s)
             costs = {key: other_costs(sampler, device, cell, share_s) for key, cell in cells.items()}
+            # Power rises as a device warms up, so the plans' energy, too, is taken between two of the dense model.
+            after = other_costs(sampler, device, reference, share_s) if has_energy else before
+            dense_costs = {name: _mean([(before[name], 0.5), (after[name], 0.5)]) for name in before}
         finally:
             remove_plan(model.module)
     dense_ms = sampler.reference_ms("forwards")

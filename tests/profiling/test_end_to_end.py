@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from virtual_device import VirtualDevice
 
 from shiva_search.devices import open_device
+from shiva_search.devices.base import EnergySample
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
 from shiva_search.profiling.end_to_end import dense_cell, measure_plans, random_rows
@@ -36,6 +39,21 @@ def test_energy_is_measured_where_there_is_a_sensor(tiny_model: Model) -> None:
     assert found.dense_energy_j == pytest.approx(50.0 * dense_ms / 1e3)
     assert found.energy_j is not None and found.energy_j < found.dense_energy_j
     assert "energy_j" not in found.reasons
+
+
+class Warming(VirtualDevice):
+    """Takes more power the longer it has run."""
+
+    def measure_energy(self, run: Callable[[], object], min_seconds: float) -> EnergySample:
+        self.power_w = 50.0 * (1 + 0.02 * self.now_s)
+        return super().measure_energy(run, min_seconds)
+
+
+def test_a_device_that_warms_up_does_not_make_plans_look_dear(tiny_model: Model) -> None:
+    device = Warming(power_w=50.0)
+    [found] = measure_plans(tiny_model, [Plan.dense(tiny_model)], device, seconds=20, clock=device.clock)
+    assert device.power_w is not None and device.power_w > 60.0
+    assert found.power_w == pytest.approx(found.dense_power_w, rel=1e-3)
 
 
 def test_segments_are_averaged_over_time(tiny_model: Model) -> None:
