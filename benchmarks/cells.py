@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from benchmarks.timing import errors_of, held_out, print_result, random_dit
+from benchmarks.timing import errors_of, held_out, print_result, random_dit, random_plans
 from shiva_search.cost import fit_cost_model
 from shiva_search.devices import open_device
 from shiva_search.profiling.block_profiler import profile_model
@@ -34,7 +34,9 @@ def main() -> None:
     router = Router.for_model(model, seed=0)
     profile = profile_model(model, device, seconds=options.seconds, counts=counts, plans=PLANS, scorer=router)
     cost = fit_cost_model(profile)
-    predicted, measured, widths, _ = held_out(model, cost, device, options.held_out, options.measure_seconds, seed=1000)
+    predicted, measured, widths, _ = held_out(
+        model, cost, device, random_plans(model, options.held_out, 1000), options.measure_seconds, seed=1000
+    )
     figures = errors_of(predicted, measured, widths, cost.interval)
     # Every figure that was measured: blocks at each count, the dense and the empty forward, plans.
     cells = len(profile.rows) + 2 + len(profile.forwards)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from shiva_search.devices import Device
 from shiva_search.models.catalog import as_model, load_model
 from shiva_search.models.model import Model
 from shiva_search.profiling.end_to_end import measure_plans, random_rows
-from shiva_search.records.plan import Plan
+from shiva_search.records.plan import Kept, Plan
+from shiva_search.runtime.scorers import TokenScorer
 from shiva_search.selection.router import Router
 
 MODELS = ("fashion-dit", "wide")
@@ -51,16 +54,37 @@ def random_dit(heads: int, head_width: int, layers: int, side: int, batch: int) 
     return as_model(module, "wide", "random weights", {"batch": batch, "guidance": batch % 2 == 0})
 
 
+def random_plans(model: Model, count: int, seed: int) -> list[Plan]:
+    """Plans of tokens alone, as a search would try them."""
+    rows = random_rows(model.layer_count, model.tokens, count, seed)
+    return [Plan.from_rows(model, [row], workload=model.workload.as_dict()) for row in rows]
+
+
+def searched_plans(model: Model, run: Path) -> list[Plan]:
+    """The plans on the front that a run of `shiva-search optimize` found."""
+    plans = []
+    with (run / "pareto.csv").open() as file:
+        for line in csv.DictReader(file):
+            columns = [json.loads(line[name]) for name in ("tokens_kept", "bypass_ranks", "attend")]
+            rows = [[Kept(*choice) for choice in zip(*row, strict=True)] for row in zip(*columns, strict=True)]
+            plans.append(Plan.from_rows(model, rows, workload=model.workload.as_dict()))
+    return plans
+
+
 def held_out(
-    model: Model, cost: CostModel, device: Device, plans: int, seconds: float, seed: int
+    model: Model,
+    cost: CostModel,
+    device: Device,
+    plans: Sequence[Plan],
+    seconds: float,
+    seed: int,
+    scorer: TokenScorer | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[float], float]:
-    """Predicted and measured share of the dense latency of random plans, half-widths of the measured intervals, and the
-    dense latency by then, in ms.
+    """Predicted and measured share of the dense latency of plans, half-widths of the measured intervals, and the dense
+    latency by then, in ms. Tokens are ranked by a router where there is no scorer.
     """
-    rows = random_rows(model.layer_count, model.tokens, plans, seed)
-    chosen = [Plan.from_rows(model, [row], workload=model.workload.as_dict()) for row in rows]
-    router = Router.for_model(model, seed=0)
-    found = measure_plans(model, chosen, device, scorer_for=lambda plan: router, seconds=seconds, seed=seed)
+    chosen, ranked_by = list(plans), scorer or Router.for_model(model, seed=0)
+    found = measure_plans(model, chosen, device, scorer_for=lambda plan: ranked_by, seconds=seconds, seed=seed)
     dense_ms = cost.dense.latency_ms or 1.0
     predicted = np.array([(cost.predict(plan).latency_ms or 0.0) / dense_ms for plan in chosen])
     measured = np.array([item.ratio for item in found])
