@@ -22,9 +22,11 @@ from shiva_search.search.knapsack import cheapest, said
 MOST_ROUNDS, SPEND_ROUNDS = 8, 3
 #: Slack below this share of the limit is not worth another measurement.
 SLACK = 0.01
-#: Aimed for below the limit, so that a fresh measurement holds it as well; and what each failed round adds, but for the
-#: first: it tells of the prediction, which is corrected, not of the clock.
-_MARGIN, _TIGHTER = 0.002, 0.005
+#: Aimed for below the limit, so that a fresh measurement holds it as well: of what is judged by an interval or is the
+#: same each time, and of energy and power, which are known to a hundredth or two after a few seconds.
+_MARGIN, _MARGINS = 0.002, {"energy_j": 0.01, "power_w": 0.01}
+#: What each failed round adds, but for the first: it tells of the prediction, which is corrected, not of the clock.
+_TIGHTER = 0.005
 
 
 class Chooser(Protocol):
@@ -198,7 +200,8 @@ def _rescaled(
         if metric not in space.limits or metric == "mean_keep":  # what is counted is not off
             continue
         predicted_use = float(space.total(metric, plan_P[None])[0]) / space.limits[metric]
-        scale[metric] = predicted_use / max(measured_use, 1e-9) * (1 - _MARGIN - _TIGHTER * max(0, failures - 1))
+        room = _MARGINS.get(metric, _MARGIN) + _TIGHTER * max(0, failures - 1)
+        scale[metric] = predicted_use / max(measured_use, 1e-9) * (1 - room)
     return scale
 
 
