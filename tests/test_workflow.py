@@ -216,6 +216,20 @@ def test_a_recording_does_not_take_the_place_of_what_was_measured(
     assert (run / "summary.json").read_bytes() == before
 
 
+def test_what_a_recording_answered_is_called_so_until_it_is_measured(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    replayed, recording = str(tmp_path / "run"), f"replay:profiles/cpu/{folder.name}"
+    budget = ["--max-latency", "75%", "--trials", "2", "--train-steps", "0"]
+    assert call("optimize", "--model", str(folder), "--device", recording, "--out", replayed, *budget) == 0
+    said = capsys.readouterr()
+    assert "a recorded profile answered, not a clock" in " ".join(said.out.split())
+    assert "replayed" in said.err and "measured" not in said.err.partition("round 1")[2].partition("\n")[0]
+    assert call("measure", replayed, "--device", "cpu", "--seconds", "1") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["note"] is None
+
+
 def test_a_plan_in_a_folder_is_measured_and_judged_as_the_plan_itself(run: Path, folder: Path) -> None:
     model = ss.load_model(str(folder))
     assert ss.fidelity(model, run, samples=4) == ss.fidelity(model, Plan.from_file(run), samples=4)

@@ -165,8 +165,9 @@ def close_loop(
         rounds.append(_round(len(rounds) + 1, plan, predicted.latency_ms, cost, measurement, budget, ok))
         used = usage(budget, measurement, cautious=True)
         most = max(used, key=lambda metric: used[metric], default="latency_ms")
+        how = "replayed" if measurement.replayed else "measured"
         say(
-            f"round {len(rounds)}: predicted {rounds[-1]['predicted_ratio']:.1%}, measured {measurement.ratio:.1%} of "
+            f"round {len(rounds)}: predicted {rounds[-1]['predicted_ratio']:.1%}, {how} {measurement.ratio:.1%} of "
             f"the dense latency (at most {measurement.ratio_high:.1%}), {'holds' if ok else 'breaks'} the budget "
             f"({used.get(most, 0.0):.1%} of its {CONSTRAINT_NAMES[most].replace('_', ' ')} used at most)"
         )

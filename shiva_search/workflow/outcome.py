@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 EVALUATION_SAMPLES = 256
 
 
+_REPLAYED = (
+    "a recorded profile answered, not a clock: what is called measured here was predicted; "
+    "`shiva-search measure RUN` with a real --device measures it"
+)
+
+
 def write_outcome(
     run: RunFolder,
     model: Model,
@@ -80,7 +86,7 @@ def write_outcome(
             "error_inputs": model.inputs_kind,
             "rounds": rounds,
             "seconds": seconds,
-            "note": note,
+            "note": _note(note, final.replayed),
             "reasons": dict(final.reasons),
             "conditions": dict(final.conditions),
             "provenance": {"version": __version__, "torch": torch.__version__, **dict(plan.origin)},
@@ -126,3 +132,9 @@ def answer_of(run: RunFolder) -> Answer:
 
 def _share(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
+
+
+def _note(said: str | None, replayed: bool) -> str | None:
+    """What there is to note of a run; of an earlier outcome's note that it was replayed only what still holds."""
+    rest = (said or "").removesuffix(_REPLAYED).removesuffix("; ")
+    return "; ".join(filter(None, [rest, _REPLAYED if replayed else ""])) or None
