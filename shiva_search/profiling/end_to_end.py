@@ -182,7 +182,9 @@ class _PlannedForward:
 def random_rows(
     layer_count: int, tokens: int, count: int, seed: int, counts: Sequence[int] | None = None
 ) -> list[tuple[int, ...]]:
-    """Random plans as a search would try them: first layer dense, some layers skipped, some dense, the rest anywhere.
+    """Random plans as a search would try them: first layer dense, some layers at 0, some dense, the rest anywhere.
+
+    In every other plan most layers are at 0 or dense, as in the plans that searches return.
 
     Args:
         layer_count: layers.
@@ -202,8 +204,9 @@ def random_rows(
         centre = 0.1 + 0.9 * (index + rng.random()) / count
         share = rng.beta(4 * centre + 0.2, 4 * (1 - centre) + 0.2, size=layer_count)
         special = rng.random(layer_count)
-        share[special < 0.12 * 2 * (1 - centre)] = 0.0
-        share[special > 1 - 0.2 * 2 * centre] = 1.0
+        none, every = (0.24, 0.4) if index % 2 else (0.7, 0.7)
+        share[special < none * (1 - centre)] = 0.0
+        share[special > 1 - every * centre] = 1.0
         row = np.round(share * tokens).astype(int)
         if allowed is not None:
             row = allowed[np.abs(row[:, None] - allowed).argmin(axis=1)]
