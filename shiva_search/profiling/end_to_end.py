@@ -26,6 +26,8 @@ from shiva_search.runtime.scorers import TokenScorer
 
 Progress = Callable[[str], None]
 _ENERGY_SHARE = 0.3  # of the time, where the device has a sensor
+#: Measurements, at most, until one has seen the device settled.
+SETTLED_TRIES = 3
 _STEADY = 0.005  # half-width at which a plan's ratio needs no more time
 
 
@@ -134,6 +136,27 @@ def measure_plans(
                 flags=ratio.flags,
             )
         )
+    return found
+
+
+def measure_settled(
+    measure: Callable[[], Measurement], progress: Progress | None = None, tries: int = SETTLED_TRIES
+) -> Measurement:
+    """A measurement, taken again where the device was never settled meanwhile: its ratios are those of no other time.
+
+    Args:
+        measure: takes one.
+        tries: measurements, at most.
+
+    Returns:
+        The first of a settled device; where there was none, the last, flagged "unsettled".
+    """
+    for left in reversed(range(tries)):
+        found = measure()
+        if "unsettled" not in found.flags or not left:
+            break
+        if progress:
+            progress("the machine placed threads badly all along; measuring once more")
     return found
 
 

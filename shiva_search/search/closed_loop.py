@@ -6,7 +6,7 @@ round on record. What the measurement leaves unused is then spent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,7 +25,8 @@ SLACK = 0.01
 #: Aimed for below the limit, so that a fresh measurement holds it as well: of what is judged by an interval or is the
 #: same each time, and of energy and power, which are known to a hundredth or two after a few seconds.
 _MARGIN, _MARGINS = 0.002, {"energy_j": 0.01, "power_w": 0.01}
-#: What each failed round adds, but for the first: it tells of the prediction, which is corrected, not of the clock.
+#: What each round that missed a limit adds for that limit, at most, but for the first: it tells of the prediction,
+#: which is corrected, not of the clock.
 _TIGHTER = 0.005
 
 
@@ -133,6 +134,7 @@ def close_loop(
     say = progress or (lambda line: None)
     scale: dict[str, float] = {}
     failed: frozenset[bytes] = frozenset()
+    missed: dict[str, list[float]] = {}  # by metric: by what share of the limit rounds missed it
     rounds: list[dict[str, Any]] = []
     measured: dict[bytes, Measurement] = {}
     held: Closed | None = None
@@ -173,10 +175,13 @@ def close_loop(
         )
         if not ok:
             failed |= {plan_P.tobytes()}
+            for metric, share in used.items():
+                if share > 1.0:
+                    missed.setdefault(metric, []).append(share - 1.0)
             use = max(rounds[-1]["used"].values())
             if use < least_use:
                 least_use, nearest = use, Closed(plan_P, error, cost, space, measurement)
-        scale = _rescaled(scale, space_of(cost, {}), plan_P, used, len(failed))
+        scale = _rescaled(scale, space_of(cost, {}), plan_P, used, missed)
         space = space_of(cost, scale)
         if ok and (held is None or error < held.error):
             held = Closed(plan_P, error, cost, space, measurement)
@@ -193,7 +198,11 @@ def close_loop(
 
 
 def _rescaled(
-    before: Mapping[str, float], space: Space, plan_P: Ints, used: Mapping[str, float], failures: int
+    before: Mapping[str, float],
+    space: Space,
+    plan_P: Ints,
+    used: Mapping[str, float],
+    missed: Mapping[str, Sequence[float]],
 ) -> dict[str, float]:
     """Factors on the limits, so that what this plan is now predicted to use of them is what it was measured to use."""
     scale = dict(before)
@@ -201,7 +210,7 @@ def _rescaled(
         if metric not in space.limits or metric == "mean_keep":  # what is counted is not off
             continue
         predicted_use = float(space.total(metric, plan_P[None])[0]) / space.limits[metric]
-        room = _MARGINS.get(metric, _MARGIN) + _TIGHTER * max(0, failures - 1)
+        room = _MARGINS.get(metric, _MARGIN) + sum(min(_TIGHTER, over) for over in missed.get(metric, ())[1:])
         scale[metric] = predicted_use / max(measured_use, 1e-9) * (1 - room)
     return scale
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from shiva_search import __version__
 from shiva_search.cost.cost_model import load_cost_model
 from shiva_search.errors import BudgetBrokenError, InfeasibleBudgetError, InputError
-from shiva_search.profiling.end_to_end import measure_plans
+from shiva_search.profiling.end_to_end import measure_plans, measure_settled
 from shiva_search.records.budget import Budget
 from shiva_search.records.files import check_folder_writable, read_json, write_json
 from shiva_search.records.measurement import Measurement
@@ -95,7 +95,13 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
     untuned = copy.deepcopy(router)  # what plans are judged with, also after training: errors stay comparable
 
     def measure(plan: Plan, seconds: float = MEASURE_SECONDS) -> Measurement:
-        return measure_plans(model, [plan], device, scorer_for=lambda _: router, seconds=seconds, seed=settings.seed)[0]
+        def once() -> Measurement:
+            [found] = measure_plans(
+                model, [plan], device, scorer_for=lambda _: router, seconds=seconds, seed=settings.seed
+            )
+            return found
+
+        return measure_settled(once, progress)
 
     find = partial(
         search, model, seed=settings.seed, scorer=untuned, measure=measure,

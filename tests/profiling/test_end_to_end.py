@@ -12,7 +12,7 @@ from shiva_search.devices import open_device
 from shiva_search.devices.base import EnergySample
 from shiva_search.errors import InputError
 from shiva_search.models.model import Model
-from shiva_search.profiling.end_to_end import dense_cell, measure_plans, random_rows
+from shiva_search.profiling.end_to_end import dense_cell, measure_plans, measure_settled, random_rows
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
 
@@ -54,6 +54,20 @@ def test_a_device_that_warms_up_does_not_make_plans_look_dear(tiny_model: Model)
     [found] = measure_plans(tiny_model, [Plan.dense(tiny_model)], device, seconds=20, clock=device.clock)
     assert device.power_w is not None and device.power_w > 60.0
     assert found.power_w == pytest.approx(found.dense_power_w, rel=1e-3)
+
+
+def test_a_device_that_was_never_settled_is_measured_again_until_it_was(tiny_model: Model) -> None:
+    device, said = VirtualDevice(apart=(0.0, 30.0)), list[str]()
+
+    def measure() -> Measurement:
+        [found] = measure_plans(tiny_model, [Plan.uniform(tiny_model, 0.5)], device, seconds=20, clock=device.clock)
+        return found
+
+    found = measure_settled(measure, said.append)
+    assert "unsettled" not in found.flags and len(said) == 1
+    device.apart = (0.0, 1e9)
+    found = measure_settled(measure, said.append)
+    assert "unsettled" in found.flags and len(said) == 3
 
 
 def test_segments_are_averaged_over_time(tiny_model: Model) -> None:
@@ -107,6 +121,8 @@ def test_random_rows_are_like_searched_ones() -> None:
     assert min(flat) == 0 and max(flat) == 784
     assert 0.05 < flat.count(0) / len(flat) < 0.3
     assert 0.1 < flat.count(784) / len(flat) < 0.5
+    whole = [sum(k in (0, 784) for k in row[1:]) > 4 for row in rows]
+    assert 0.25 < sum(whole) / len(rows) < 0.75  # as searches return them, where few layers select tokens
     means = [sum(row) / 8 / 784 for row in rows]
     assert min(means) < 0.3 and max(means) > 0.9
     assert len(set(rows)) > 195

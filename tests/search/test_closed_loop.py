@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from shiva_search.records.budget import Budget
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
 from shiva_search.search import search
-from shiva_search.search.closed_loop import holds, usage
+from shiva_search.search.closed_loop import _rescaled, holds, usage
 
 
 def measurement(ratio: float = 0.6, width: float = 0.01, **known) -> Measurement:
@@ -64,6 +65,25 @@ def test_holds(budget: Budget, known: dict, verdict: bool) -> None:
 def test_usage_is_the_share_of_the_limit() -> None:
     assert usage(Budget(latency_ms=12.0), measurement()) == {"latency_ms": pytest.approx(0.5)}
     assert usage(Budget(latency_ms=12.0), measurement(), cautious=True) == {"latency_ms": pytest.approx(0.61 * 10 / 12)}
+
+
+class OnePlan:
+    """A space of one plan, predicted to use nine tenths of each limit."""
+
+    limits: ClassVar = {"latency_ms": 10.0, "memory_mib": 100.0, "mean_keep": 0.5}
+
+    def total(self, metric: str, plans: np.ndarray) -> np.ndarray:
+        return np.full(len(plans), 0.9 * self.limits[metric])
+
+
+def test_missing_a_limit_twice_tightens_that_limit_by_no_more_than_it_was_missed() -> None:
+    def scale(**missed: list[float]) -> dict[str, float]:
+        used = {"latency_ms": 1.002, "memory_mib": 0.9, "mean_keep": 0.9}
+        return _rescaled({}, OnePlan(), np.zeros(3, dtype=int), used, missed)  # type: ignore[arg-type]
+
+    assert scale() == scale(latency_ms=[0.03]) == pytest.approx({"latency_ms": 0.8964, "memory_mib": 0.998}, rel=1e-4)
+    assert scale(latency_ms=[0.03, 0.002]) == pytest.approx({"latency_ms": 0.8946, "memory_mib": 0.998}, rel=1e-4)
+    assert scale(latency_ms=[0.03, 0.02]) == pytest.approx({"latency_ms": 0.8919, "memory_mib": 0.998}, rel=1e-4)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
