@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
+from threadpoolctl import ThreadpoolController, threadpool_info
 
 from shiva_search.errors import InfeasibleBudgetError, InputError, UnavailableError
 from shiva_search.records.budget import Budget
@@ -356,3 +358,27 @@ def test_two_processes_may_take_up_a_dead_trial_at_the_same_moment(model, cost) 
     states = [found.state for found in study.get_trials()]
     assert states == [TrialState.FAIL, TrialState.COMPLETE]
     assert study.get_trials()[1].params == trial.params
+
+
+def test_numpy_keeps_to_one_thread_while_plans_are_judged_and_has_its_own_back_afterwards(model, cost) -> None:
+    def threads() -> set[int]:
+        return {found["num_threads"] for found in threadpool_info() if found["prefix"] == "libscipy_openblas"}
+
+    class Looking:
+        """A scorer that looks around."""
+
+        def __call__(self, x_BND: torch.Tensor, *context: object) -> torch.Tensor:
+            seen.append(threads())
+            return x_BND.norm(dim=-1)
+
+    with ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=2):
+        before, seen = threads(), list[set[int]]()
+        space = build_space(model, cost, BUDGET)
+        evaluator = evaluator_for(model, Looking(), space, 0, 8, 4)
+        settings = {"seed": 0, "sampler": "trade", "trials": 3}
+        study = optuna.create_study(directions=["minimize", "minimize"])
+        plans = PlanStudy(study, space, Effects.separable(np.zeros(space.kept.shape)), evaluator, settings)
+        seen.clear()
+        plans.run(3)
+        assert seen and all(found <= {1} for found in seen)
+        assert threads() == before
