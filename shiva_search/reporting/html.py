@@ -25,6 +25,7 @@ from shiva_search.reporting.words import (
     cost_in_words,
     error_in_words,
     figure_in_words,
+    held_out_in_words,
     inputs_in_words,
     limits_in_words,
     number,
@@ -97,7 +98,7 @@ def render_page(run: RunFiles, pictures: Mapping[str, str]) -> str:
         schedule=_schedule_in_words(run.plan) if run.plan else "",
         costs=[*_cost_rows(run.summary, notes)],
         rounds=_round_rows(run.summary),
-        held_out=_held_out_in_words(run.cost_model),
+        held_out=held_out_in_words(run.cost_model.get("held_out") or {}),
         drift=_drift_in_words(run.summary),
         measurements=_measurement_rows(run.measurements, notes),
         trials_words=_trials_in_words(run.trials),
@@ -209,19 +210,6 @@ def _round_rows(summary: Summary) -> list[Cells]:
 
 def _share(value: float | None) -> str:
     return percent(value) if value is not None else "–"
-
-
-def _held_out_in_words(cost_model: Mapping[str, Any]) -> str:
-    figures = cost_model.get("held_out") or {}
-    names = {"median_error": "median error", "p95_error": "95th percentile", "bias": "bias"}
-    known = [f"{words} {percent(figures[name])}" for name, words in names.items() if figures.get(name) is not None]
-    if known:
-        return f"Predictions for {figures.get('plans', 0):.0f} plans the fit had not seen: {', '.join(known)}."
-    return (
-        f"The cost model was not checked on plans the fit had not seen: {figures['reason']}."
-        if "reason" in figures
-        else ""
-    )
 
 
 def _drift_in_words(summary: Summary) -> str:

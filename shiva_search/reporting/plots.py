@@ -104,15 +104,17 @@ def pareto_figure(trials: Sequence[Row], pareto: Sequence[Row], plan: Plan | Non
     limits = {field: budget.get(metric) for metric, field in [*COST_FIELD.items(), ("mean_keep", "mean_keep")]}
     fields = [field for field, limit in limits.items() if limit is not None] or ["latency_ms"]
     dense_ms = part_of(summary, "dense").get("latency_ms")
-    trials, pareto = _at_one_speed(trials, dense_ms), _at_one_speed(pareto, dense_ms)
-    rows = [*trials, *pareto, *([plan_row(plan)] if plan else [])]
+    own = [plan_row(plan)] if plan else []  # the chosen plan need not lie on the front
+    trials, pareto, own = (_at_one_speed(rows, dense_ms) for rows in (trials, pareto, own))
+    chosen = [row for row in pareto if is_chosen(row, plan)] or own
+    rows = [*trials, *pareto, *chosen]
     fields = [field for field in fields if any(_xy([row], _predicted(field)).size for row in rows)]
     if not fields:
         return None
     with _figure(7.2 if len(fields) == 1 else 4.6 * len(fields), 4.6) as figure:
         panels = figure.subplots(1, len(fields), sharey=True, squeeze=False)[0]
         for axes, field in zip(panels, fields, strict=True):
-            _pareto_panel(axes, field, trials, pareto, plan, summary, limits[field])
+            _pareto_panel(axes, field, trials, pareto, chosen, summary, limits[field])
         panels[0].set_ylabel(f"output error on {inputs_in_words(summary, 'calibration')} (NMSE)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -146,7 +148,7 @@ def _pareto_panel(
     field: str,
     trials: Sequence[Row],
     pareto: Sequence[Row],
-    plan: Plan | None,
+    chosen: Sequence[Row],
     summary: Summary,
     limit: float | None,
 ) -> None:
@@ -166,14 +168,13 @@ def _pareto_panel(
             *front.T, marker="o", ls=line, drawstyle="steps-post", color=PREDICTED, mfc="white", ms=5, lw=1.3,
             label="front, predicted", gid="front",
         )  # fmt: skip
-    chosen_rows = [row for row in pareto if is_chosen(row, plan)] or ([plan_row(plan)] if plan else [])
-    again = _xy([*pareto, *(row for row in chosen_rows if row not in pareto)], predicted, measured)
+    again = _xy([*pareto, *(row for row in chosen if row not in pareto)], predicted, measured)
     if again.size:
         axes.plot(again[:, 1], again[:, 2], "D", color=MEASURED, ms=5, label="measured again", gid="measured")
-    chosen = _xy(chosen_rows, predicted)
-    if chosen.size:
-        axes.plot(*chosen[:1].T, "o", ms=13, mfc="none", mec=INK, mew=1.4, label="chosen plan", gid="chosen")
-    _scale_error(axes, np.concatenate([_xy(trials, predicted), front, chosen]))
+    picked = _xy(chosen, predicted)
+    if picked.size:
+        axes.plot(*picked[:1].T, "o", ms=13, mfc="none", mec=INK, mew=1.4, label="chosen plan", gid="chosen")
+    _scale_error(axes, np.concatenate([_xy(trials, predicted), front, picked]))
     _join(axes, again)
     if limit is not None:
         _mark_limit(axes, limit, percent(limit) if field == "mean_keep" else f"{number(limit)} {UNITS[field][1]}")

@@ -124,10 +124,12 @@ def is_chosen(row: Row, plan: Plan | None) -> bool:
 
 def plan_row(plan: Plan) -> Row:
     """What a plan knows of itself, as a row of pareto.csv: it need not lie on the front."""
+    latency_ms, dense_ms = (plan.predicted.get(name) for name in ("latency_ms", "dense_latency_ms"))
     return {
         **plan.as_columns(),
         "mean_keep": plan.mean_keep,
         "error": plan.fidelity.get("error"),
         **{f"predicted_{name}": value for name, value in plan.predicted.items()},
+        "predicted_ratio": latency_ms / dense_ms if latency_ms and dense_ms else None,
         **{f"measured_{name}": value for name, value in plan.measured.items()},
     }

@@ -111,6 +111,21 @@ def inputs_in_words(summary: Summary, split: str) -> str:
     return "random inputs" if kind == "random" else f"{split} {'images' if kind == 'real' else 'inputs'}"
 
 
+def held_out_in_words(held_out: Mapping[str, Any]) -> str:
+    """How far a cost model was off on plans its fit had not seen; empty where nothing is known of it.
+
+    Args:
+        held_out: as in cost_model.json.
+    """
+    names = {"median_error": "median error", "p95_error": "95th percentile", "bias": "bias"}
+    known = [f"{words} {percent(held_out[name])}" for name, words in names.items() if held_out.get(name) is not None]
+    if known:
+        return f"Predictions for {held_out.get('plans', 0):.0f} plans the fit had not seen: {', '.join(known)}."
+    if "reason" in held_out:
+        return f"The cost model was not checked on plans the fit had not seen: {held_out['reason']}."
+    return ""
+
+
 def _not_there(command: str) -> str:
     return f"not there yet; `shiva-search {command}` makes it"
 

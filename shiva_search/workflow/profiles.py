@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from shiva_search.profiling.block_profiler import check_same, profile_model
 from shiva_search.profiling.drift import Drift, check_drift
 from shiva_search.records.files import check_folder_writable
 from shiva_search.records.profile import Profile, load_profile
+from shiva_search.reporting.words import held_out_in_words
 from shiva_search.runtime.selector import Selector
 from shiva_search.workflow.answer import Answer, Progress
 from shiva_search.workflow.opening import open_both, profile_folder
@@ -64,7 +65,7 @@ def profile_command(
     lines = [
         f"profile of {model.name} on {device.name} in {folder}",
         f"dense step: {cost.dense.latency_ms:.1f} ms",
-        _held_out_in_words(cost.held_out),
+        held_out_in_words(cost.held_out),
     ]
     return Answer(summary, lambda: "\n".join(lines))
 
@@ -210,8 +211,3 @@ def _is_complete(folder: Path) -> bool:
 
 def _is_recording(device: Device) -> bool:
     return getattr(device, "profile", None) is not None
-
-
-def _held_out_in_words(held_out: Mapping[str, Any]) -> str:
-    figures = [f"{name} {value:.4g}" for name, value in held_out.items() if isinstance(value, (int, float))]
-    return "held-out error of the cost model: " + (", ".join(figures) or f"unknown, {held_out.get('reason', '')}")

@@ -92,8 +92,17 @@ class TestPareto:
         assert run.plan is not None
         others = [row for row in run.pareto if not row["chosen"]]
         figure = pareto(run, pareto=others)
-        assert points(found(figure, "chosen")) == [(run.plan.predicted["latency_ms"], run.plan.fidelity["error"])]
-        assert (run.plan.measured["latency_ms"], run.plan.fidelity["error"]) in points(found(figure, "measured"))
+        predicted, error, now_ms = run.plan.predicted, run.plan.fidelity["error"], run.summary["dense"]["latency_ms"]
+        share = predicted["latency_ms"] / predicted["dense_latency_ms"]
+        assert points(found(figure, "chosen")) == [(pytest.approx(share * now_ms), error)]
+        assert (pytest.approx(run.plan.measured["latency_ms"], rel=1e-4), error) in points(found(figure, "measured"))
+
+    def test_a_plan_off_the_front_is_drawn_at_the_speed_of_the_day_as_all_others(self, run: RunFiles) -> None:
+        assert run.plan is not None
+        now_ms = run.summary["dense"]["latency_ms"]
+        plan = replace(run.plan, predicted={**run.plan.predicted, "dense_latency_ms": 1.25 * now_ms})
+        [(latency_ms, _)] = points(found(pareto(run, pareto=[], plan=plan), "chosen"))
+        assert latency_ms == pytest.approx(plan.predicted["latency_ms"] / 1.25)
 
     def test_each_limit_has_a_panel_and_the_front_s_line_is_latency_s(self, run: RunFiles) -> None:
         budget = {"latency_ms": 116.7, "memory_mib": 28.0, "mean_keep": 0.7}
