@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shiva_search.errors import InputError, UnavailableError
 from shiva_search.runtime.derived import version_of
+from shiva_search.runtime.step_caches import hooks_with_memory
 
 _TENSOR = object()
 
@@ -69,13 +70,11 @@ class ForwardGraphs:
         elsewhere = next((tensor.device for tensor in tensors if tensor.device != place), None)
         if elsewhere is not None:
             raise InputError(f"a graph takes all its tensors from {place}, got one on {elsewhere}; move it there")
-        for part in self._module.modules():
-            registry = part.__dict__.get("_diffusers_hook")
-            if registry is not None and any(hook._is_stateful for hook in registry.hooks.values()):
-                raise UnavailableError(
-                    "a cache of diffusers decides on the host what to run, which a CUDA graph would do once for all; "
-                    "take it off, or leave capture out"
-                )
+        if hooks_with_memory(self._module.modules()):
+            raise UnavailableError(
+                "a cache of diffusers decides on the host what to run, which a CUDA graph would do once for all; "
+                "take it off, or leave capture out"
+            )
 
     def _record(
         self, forward: Callable[..., Any], leaves: list[Any], tensors: list[torch.Tensor], spec: Any

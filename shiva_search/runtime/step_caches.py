@@ -8,6 +8,7 @@ whole blocks (FirstBlockCache) see all tokens and need none of this.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,13 +64,17 @@ class HeldChoice:
             _empty(self._hooks())
 
     def _hooks(self) -> list[tuple[nn.Module, Any]]:
-        """Hooks with a memory on modules inside the block."""
-        found = []
-        for part in self._parts:
-            registry = part.__dict__.get("_diffusers_hook")
-            if registry is not None:
-                found += [(part, hook) for hook in registry.hooks.values() if hook._is_stateful]
-        return found
+        return hooks_with_memory(self._parts)
+
+
+def hooks_with_memory(parts: Iterable[nn.Module]) -> list[tuple[nn.Module, Any]]:
+    """The hooks of diffusers that remember something from one forward to the next, each with the module it is on."""
+    found = []
+    for part in parts:
+        registry = part.__dict__.get("_diffusers_hook")
+        if registry is not None:
+            found += [(part, hook) for hook in registry.hooks.values() if hook._is_stateful]
+    return found
 
 
 def _managers(hook: Any) -> list[Any]:
