@@ -121,6 +121,7 @@ class Summary(TypedDict, total=False):
     workload: dict[str, Any]  # Workload.as_dict()
     budget: dict[str, Any]  # limits in numbers by budget metric; "shares" keeps what was asked as a share of dense
     holds: bool | None  # whether the measured plan keeps every limit; None: not measured
+    used: dict[str, float]  # by budget metric: the share of the limit that the measured plan uses; above 1 breaks it
     dense: dict[str, Any]  # measured cost of the untouched model
     predicted: dict[str, Any]  # the plan's cost by the cost model
     measured: dict[str, Any]  # the plan's cost, measured interleaved with dense

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +12,17 @@ from rich.console import Console
 from shiva_search import __version__
 from shiva_search.models.model import Model
 from shiva_search.records.budget import Budget
-from shiva_search.records.cost import CostEstimate
+from shiva_search.records.cost import COST_FIELD, CostEstimate
 from shiva_search.records.files import read_json, write_json
 from shiva_search.records.measurement import Measurement
 from shiva_search.records.plan import Plan
 from shiva_search.records.run import RunFolder
 from shiva_search.reporting import tables
 from shiva_search.reporting.html import build_report
+from shiva_search.reporting.words import limits_in_words
 from shiva_search.search import holds
+from shiva_search.search.candidates import CONSTRAINT_NAMES
+from shiva_search.search.closed_loop import usage
 from shiva_search.workflow.answer import Answer
 
 if TYPE_CHECKING:
@@ -78,6 +82,7 @@ def write_outcome(
             "workload": model.workload.as_dict(),
             "budget": {**budget.resolve(_dense_cost(final)).as_dict(), "shares": dict(budget.shares)},
             "holds": kept,
+            "used": usage(budget, final),
             "dense": dense,
             "predicted": dict(plan.predicted),
             "measured": planned,
@@ -114,13 +119,7 @@ def answer_of(run: RunFolder) -> Answer:
     written = [path for path in sorted(run.path.iterdir()) if path.is_file() and not path.name.startswith(".")]
     broken = None
     if not summary.get("holds"):
-        limits = ", ".join(tables.limits_in_words(summary).values())  # type: ignore[arg-type]
-        found = summary["measured"]
-        broken = (
-            f"the measured plan takes {found['latency_ms']:.2f} ms ({found['ratio']:.1%} of dense, at most "
-            f"{found['ratio_high']:.1%}), over the budget of {limits} after all corrections; "
-            "allow more, or measure again on a quieter machine with `shiva-search measure`"
-        )
+        broken = _broken_in_words(summary)
 
     def text() -> str:
         console = Console(file=io.StringIO(), width=110)
@@ -128,6 +127,25 @@ def answer_of(run: RunFolder) -> Answer:
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     return Answer(summary, text, broken)
+
+
+def _broken_in_words(summary: Mapping[str, Any]) -> str:
+    """Which limit a measured plan breaks, by how much, and what to do."""
+    limits, found = limits_in_words(summary), summary["measured"]  # type: ignore[arg-type]
+    used = summary.get("used") or {"latency_ms": None}
+    metric = max(used, key=lambda name: used[name] or 0.0)
+    takes = (
+        f"the measured plan takes {found['latency_ms']:.2f} ms ({found['ratio']:.1%} of dense, at most "
+        f"{found['ratio_high']:.1%})"
+    )
+    limit = limits[COST_FIELD.get(metric, metric)]
+    if metric == "latency_ms":
+        takes += f", over the budget of {limit}"
+    else:
+        takes += f" and {used[metric]:.3%} of the {CONSTRAINT_NAMES[metric].replace('_', ' ')} budget of {limit}"
+    return (
+        f"{takes} after all corrections; allow more, or measure again on a quieter machine with `shiva-search measure`"
+    )
 
 
 def _share(part: float | None, whole: float | None) -> float | None:

@@ -1,0 +1,27 @@
+"""What is said of a plan that breaks its budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shiva_search.workflow.outcome import _broken_in_words
+
+MEASURED = {"latency_ms": 8.42, "ratio": 0.813, "ratio_high": 0.82, "peak_memory_mib": 1.0888758}
+BUDGET = {"latency_ms": 8.802, "memory_mib": 1.0888672, "shares": {"latency_ms": 0.85, "memory_mib": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("used", "said"),
+    [
+        ({"latency_ms": 0.957, "memory_mib": 1.0000079}, "82.0%) and 100.001% of the memory budget of 1.089 MiB"),
+        ({"latency_ms": 1.02, "memory_mib": 0.9}, "82.0%), over the budget of 8.802 ms (85 % of dense)"),
+        (None, "over the budget of 8.802 ms (85 % of dense)"),  # a run of before
+    ],
+)
+def test_the_limit_that_was_broken_is_named(used: dict[str, float] | None, said: str) -> None:
+    summary: dict[str, Any] = {"measured": MEASURED, "budget": BUDGET, "used": used}
+    text = _broken_in_words(summary)
+    assert text.startswith("the measured plan takes 8.42 ms (81.3% of dense")
+    assert said in text and "allow more" in text
