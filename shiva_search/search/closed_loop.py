@@ -22,9 +22,13 @@ from shiva_search.search.knapsack import cheapest, said
 MOST_ROUNDS, SPEND_ROUNDS = 8, 3
 #: Slack below this share of the limit is not worth another measurement.
 SLACK = 0.01
-#: Aimed for below the limit, so that a fresh measurement holds it as well: of what is judged by an interval or is the
-#: same each time, and of energy and power, which are known to a hundredth or two after a few seconds.
-_MARGIN, _MARGINS = 0.002, {"energy_j": 0.01, "power_w": 0.01}
+#: Aimed for below the limit, so that a fresh measurement holds it as well: of what is judged by an interval; of energy
+#: and power, which are known to a hundredth or two after a few seconds; and of memory, the same each time: a limit of
+#: what the dense blocks need is one that they hold.
+_MARGIN, _MARGINS = 0.002, {"energy_j": 0.01, "power_w": 0.01, "memory_mib": 0.0}
+#: Memory up to this much over a limit is as much as the limit: what any plan holds during a forward (its times and a
+#: flag, two blocks of an allocator that gives 512 bytes at least).
+_SAME_MIB = 2**-10
 #: What each round that missed a limit adds for that limit, at most, but for the first: it tells of the prediction,
 #: which is corrected, not of the clock.
 _TIGHTER = 0.005
@@ -70,7 +74,8 @@ def holds(budget: Budget, measurement: Measurement) -> bool:
     """Whether a plan holds its budget as measured.
 
     Shares of the dense model's latency are judged by the upper end of the measured ratio's interval, other shares by
-    the measured values of both, absolute limits by the measured value. What could not be measured breaks nothing.
+    the measured values of both, absolute limits by the measured value; memory to a KiB. What could not be measured
+    breaks nothing.
     """
     return all(used <= 1.0 for used in usage(budget, measurement).values())
 
@@ -93,17 +98,21 @@ def usage(budget: Budget, measurement: Measurement, *, cautious: bool = False) -
         else:
             value = getattr(measurement, COST_FIELD[metric])
         if value is not None:
-            used[metric] = value / limit
+            used[metric] = _part(metric, value, limit)
     for metric, share in budget.shares.items():
         if metric == "latency_ms":
-            ratio: float | None = measurement.ratio_high
+            value, dense = measurement.ratio_high, 1.0
         else:
             value = getattr(measurement, COST_FIELD[metric])
             dense = getattr(measurement, f"dense_{COST_FIELD[metric]}")
-            ratio = value / dense if value is not None and dense else None
-        if ratio is not None:
-            used[metric] = max(used.get(metric, 0.0), ratio / share)
+        if value is not None and dense:
+            used[metric] = max(used.get(metric, 0.0), _part(metric, value, share * dense))
     return used
+
+
+def _part(metric: str, value: float, limit: float) -> float:
+    """What a value uses of a limit; of memory, exactly 1 up to a KiB over it."""
+    return 1.0 if metric == "memory_mib" and 0 < value - limit <= _SAME_MIB else value / limit
 
 
 def close_loop(

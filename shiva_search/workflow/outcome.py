@@ -132,16 +132,20 @@ def answer_of(run: RunFolder) -> Answer:
 def _broken_in_words(summary: Mapping[str, Any]) -> str:
     """Which limit a measured plan breaks, by how much, and what to do."""
     limits, found = limits_in_words(summary), summary["measured"]  # type: ignore[arg-type]
-    used = summary.get("used") or {"latency_ms": None}
-    metric = max(used, key=lambda name: used[name] or 0.0)
+    used = (
+        summary.get("used") or {}
+    )  # a run of before may not say which limit it breaks: it is the latency's or unknown
+    metric = max(used, key=lambda name: used[name] or 0.0, default="latency_ms" if "latency_ms" in limits else None)
     takes = (
         f"the measured plan takes {found['latency_ms']:.2f} ms ({found['ratio']:.1%} of dense, at most "
         f"{found['ratio_high']:.1%})"
     )
-    limit = limits[COST_FIELD.get(metric, metric)]
-    if metric == "latency_ms":
-        takes += f", over the budget of {limit}"
+    if metric is None:
+        takes += f" and breaks the budget of {', '.join(limits.values())}"
+    elif metric == "latency_ms":
+        takes += f", over the budget of {limits[metric]}"
     else:
+        limit = limits[COST_FIELD.get(metric, metric)]
         takes += f" and {used[metric]:.3%} of the {CONSTRAINT_NAMES[metric].replace('_', ' ')} budget of {limit}"
     return (
         f"{takes} after all corrections; allow more, or measure again on a quieter machine with `shiva-search measure`"

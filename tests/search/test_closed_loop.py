@@ -48,6 +48,10 @@ def measurement(ratio: float = 0.6, width: float = 0.01, **known) -> Measurement
         (Budget(energy_j=1.0), {"energy_j": None}, True),  # not measured: nothing is known to be broken
         (Budget(power_w=100.0), {"power_w": 101.0}, False),
         (Budget(memory_mib=100.0), {"peak_memory_mib": 101.0}, False),
+        # The few bytes that any plan holds during a forward break no budget of all that dense blocks need.
+        (Budget(memory_mib=1.0), {"peak_memory_mib": 1.0 + 9 / 2**20}, True),
+        (Budget(shares={"memory_mib": 1.0}), {"peak_memory_mib": 1.0 + 9 / 2**20, "dense_peak_memory_mib": 1.0}, True),
+        (Budget(shares={"memory_mib": 1.0}), {"peak_memory_mib": 1.0 + 2 / 2**10, "dense_peak_memory_mib": 1.0}, False),
         (Budget(gflops=1.0), {"gflops": 0.9}, True),
         (Budget(mean_keep=0.5), {}, True),
         (Budget(mean_keep=0.49), {}, False),
@@ -81,9 +85,9 @@ def test_missing_a_limit_twice_tightens_that_limit_by_no_more_than_it_was_missed
         used = {"latency_ms": 1.002, "memory_mib": 0.9, "mean_keep": 0.9}
         return _rescaled({}, OnePlan(), np.zeros(3, dtype=int), used, missed)  # type: ignore[arg-type]
 
-    assert scale() == scale(latency_ms=[0.03]) == pytest.approx({"latency_ms": 0.8964, "memory_mib": 0.998}, rel=1e-4)
-    assert scale(latency_ms=[0.03, 0.002]) == pytest.approx({"latency_ms": 0.8946, "memory_mib": 0.998}, rel=1e-4)
-    assert scale(latency_ms=[0.03, 0.02]) == pytest.approx({"latency_ms": 0.8919, "memory_mib": 0.998}, rel=1e-4)
+    assert scale() == scale(latency_ms=[0.03]) == pytest.approx({"latency_ms": 0.8964, "memory_mib": 1.0}, rel=1e-4)
+    assert scale(latency_ms=[0.03, 0.002]) == pytest.approx({"latency_ms": 0.8946, "memory_mib": 1.0}, rel=1e-4)
+    assert scale(latency_ms=[0.03, 0.02]) == pytest.approx({"latency_ms": 0.8919, "memory_mib": 1.0}, rel=1e-4)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

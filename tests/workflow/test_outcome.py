@@ -25,3 +25,9 @@ def test_the_limit_that_was_broken_is_named(used: dict[str, float] | None, said:
     text = _broken_in_words(summary)
     assert text.startswith("the measured plan takes 8.42 ms (81.3% of dense")
     assert said in text and "allow more" in text
+
+
+def test_a_broken_run_of_before_without_a_latency_limit_names_its_limits() -> None:
+    budget = {"memory_mib": 1.0888672, "mean_keep": 0.5}
+    text = _broken_in_words({"measured": MEASURED, "budget": budget})
+    assert "and breaks the budget of 1.089 MiB, 50 % of the tokens after all corrections" in text
