@@ -1,10 +1,11 @@
 """Whether plans hold their budgets: random feasible ones searched and measured afresh, random infeasible ones refused.
 
 Feasible: latency budgets, one in each of as many equal strata between the model's floor and the dense model; every
-fourth has a second limit (mean keep, FLOPs, memory in turn). Each is a whole `optimize` on one shared profile, without
-tuning, and then a fresh interleaved measurement of its plan with its own selector, again where the machine was not
-settled at any time during it (for ten times, at most; such a row is flagged). A budget is held when every limit is
-held by what that measurement says; `held_with_interval` asks the same of the upper end of the latency's interval.
+fourth has a second limit (mean keep, FLOPs, memory in turn). Each is a whole `optimize` without tuning, on a profile
+that is taken anew where a quick check finds that its ratios no longer hold, and then a fresh interleaved measurement of
+its plan with its own selector, again where the machine was not settled at any time during it (for ten times, at most;
+such a row is flagged). A budget is held when every limit is held by what that measurement says; `held_with_interval`
+asks the same of the upper end of the latency's interval.
 Infeasible: budgets below a floor. Each has to be refused with exit code 3 and a message that names the binding budget
 and its floor, and a budget at the very figure that is named has to be feasible.
 
@@ -89,17 +90,25 @@ def measure(options: argparse.Namespace, state: Path, folder: Path) -> dict[str,
     )  # fmt: skip
     asked = {name: getattr(options, name) for name in ("model", "device", "bypass", "count", "trials", "seed")}
     rows = begun(state, asked)
-    if not (folder / "profile" / "cost_model.json").is_file():
+
+    def profile() -> None:
+        """Take the profile, or see whether it holds, as `optimize` does with one of its own."""
         profile_command(
             settings.model, settings.device, {}, seconds=options.profile_seconds, out=folder / "profile",
             seed=options.seed, resume=True, progress=say, bypass=options.bypass,
         )  # fmt: skip
-    cost = load_cost_model(folder / "profile")
+
+    if not (folder / "profile" / "cost_model.json").is_file():
+        profile()
+    if not (folder / "floors" / "cost_model.json").is_file():  # the budgets stay where the profile is taken anew
+        load_cost_model(folder / "profile").save(folder / "floors")
+    cost = load_cost_model(folder / "floors")
     _, model = open_both(settings.model, settings.device, {}, options.seed)
     budgets = feasible_budgets(model, cost, options.count, options.seed)
     left = [index for index in range(len(budgets)) if index not in {row["index"] for row in rows}]
     for index in left[: options.most]:
         say(f"budget {index + 1} of {len(budgets)}: {budgets[index]}")
+        profile()
         row = {"index": index, "budget": budgets[index]}
         row |= held(replace(settings, budget=budgets[index]), folder / f"run-{index}", options.seconds)
         rows.append(row)

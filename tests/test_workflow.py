@@ -337,3 +337,5 @@ def test_a_run_is_named_by_its_budget_and_the_workload_asked_for() -> None:
     assert optimize._run_name(settings) == "sd3-60pct"
     other = replace(settings, workload={"dtype": "bfloat16", "cuda_graph": True})
     assert optimize._run_name(other) == "sd3-60pct.cuda-graph-on.dtype-bfloat16"
+    whole = replace(settings, per="image", steps=28)
+    assert optimize._run_name(whole) == "sd3-60pct-per-image-of-28"  # another budget than a step's

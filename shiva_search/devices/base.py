@@ -251,4 +251,6 @@ def list_devices() -> list[str]:
 def _unknown(name: str) -> InputError:
     kinds = ", ".join(sorted(OPENERS))
     here = ", ".join(list_devices())
+    if not isinstance(name, str):  # an argument of another kind in its place; its contents would bury the rule
+        return InputError(f"a device is a name such as {here}, got a {type(name).__name__}; is it another argument?")
     return InputError(f"a device is one of the kinds {kinds}, got {name!r}. Available here: {here}.")

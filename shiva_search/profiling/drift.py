@@ -71,6 +71,8 @@ class Drift:
             "rescale": "its latencies were rescaled",
             "profile again": f"more than {TOLERANCE:.0%} beyond both intervals, so a new profile is needed",
         }[self.verdict]
+        if largest and abs(largest[1]) > TOLERANCE and self.verdict != "profile again":
+            most += ", no more than the intervals of both measurements allow"
         return f"the device runs at {self.scale:.2f} times the recorded latency and {most}: {advice}"
 
     def as_dict(self) -> dict[str, Any]:

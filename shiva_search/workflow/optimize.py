@@ -228,6 +228,8 @@ def _refuse_another_models_run(run: RunFolder, model: Model) -> None:
 
 def _run_name(settings: Settings) -> str:
     limits = "-".join(text.replace("%", "pct").replace(" ", "") for text in settings.budget.values())
+    if settings.per == "image":
+        limits += f"-per-image-of-{settings.steps}"
     said = "".join(
         f".{name.replace('_', '-')}-{_in_a_name(value)}" for name, value in sorted(settings.workload.items())
     )

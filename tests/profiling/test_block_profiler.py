@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from shiva_search.errors import InputError, UnavailableError
 from shiva_search.models.model import Model
 from shiva_search.profiling.bench import Bench
 from shiva_search.profiling.block_profiler import profile_model
-from shiva_search.profiling.drift import check_drift
+from shiva_search.profiling.drift import Drift, check_drift
 from shiva_search.profiling.end_to_end import dense_cell, measure_plans, plan_cell, random_rows
 from shiva_search.records.plan import Plan, row_as_json
 from shiva_search.records.profile import Profile, Sample, load_profile
@@ -292,3 +293,11 @@ def test_drift_is_told_from_change(tiny_model: Model, profiled: tuple[VirtualDev
     drift = check_drift(tiny_model, profile, other, clock=other.clock)
     assert drift.verdict == "profile again"
     assert "profile" in drift.describe()
+
+
+def test_a_large_change_that_passes_is_said_to_be_within_the_intervals(profiled: tuple[VirtualDevice, Profile]) -> None:
+    found = Drift("same", 1.01, 1.0, 1.02, {"block": -0.28}, profiled[1], 6.0)
+    allowed = ", no more than the intervals of both measurements allow: the profile holds"
+    assert f"-28.0% (block){allowed}" in found.describe()
+    assert "allow" not in replace(found, changes={"block": -0.04}).describe()
+    assert "allow" not in replace(found, verdict="profile again").describe()
