@@ -22,7 +22,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             state = folder / "state.jsonl"
         else:
-            state, folder = options.state, options.state.with_suffix(".files")
+            state, folder = options.state, options.state.absolute().with_suffix(".files")
         folder.mkdir(parents=True, exist_ok=True)
         return measure(options, state, folder)
 
@@ -86,29 +86,24 @@ def measure(options: argparse.Namespace, state: Path, folder: Path) -> dict[str,
     """The benchmark on what `folder` and `state` hold already."""
     settings = Settings(
         model=options.model, device=options.device, trials=options.trials, bypass=options.bypass, train_steps=0,
-        profile=str(folder / "profile"), seed=options.seed,
+        profile_seconds=options.profile_seconds, seed=options.seed,
     )  # fmt: skip
     asked = {name: getattr(options, name) for name in ("model", "device", "bypass", "count", "trials", "seed")}
     rows = begun(state, asked)
-
-    def profile() -> None:
-        """Take the profile, or see whether it holds, as `optimize` does with one of its own."""
-        profile_command(
-            settings.model, settings.device, {}, seconds=options.profile_seconds, out=folder / "profile",
-            seed=options.seed, resume=True, progress=say, bypass=options.bypass,
-        )  # fmt: skip
-
-    if not (folder / "profile" / "cost_model.json").is_file():
-        profile()
-    if not (folder / "floors" / "cost_model.json").is_file():  # the budgets stay where the profile is taken anew
-        load_cost_model(folder / "profile").save(folder / "floors")
-    cost = load_cost_model(folder / "floors")
+    first = folder / "first"  # budgets stay what they are where the profile is taken anew
+    if not (first / "cost_model.json").is_file():
+        with chdir(folder):
+            answer = profile_command(
+                settings.model, settings.device, {}, seconds=options.profile_seconds, out=None,
+                seed=options.seed, resume=True, progress=say, bypass=options.bypass,
+            )  # fmt: skip
+            load_cost_model(Path(answer.summary["folder"])).save(first)
+    cost = load_cost_model(first)
     _, model = open_both(settings.model, settings.device, {}, options.seed)
     budgets = feasible_budgets(model, cost, options.count, options.seed)
     left = [index for index in range(len(budgets)) if index not in {row["index"] for row in rows}]
     for index in left[: options.most]:
         say(f"budget {index + 1} of {len(budgets)}: {budgets[index]}")
-        profile()
         row = {"index": index, "budget": budgets[index]}
         row |= held(replace(settings, budget=budgets[index]), folder / f"run-{index}", options.seconds)
         rows.append(row)
@@ -204,7 +199,8 @@ def _least(space: Space, metric: str) -> float:
 def held(settings: Settings, out: Path, seconds: float) -> dict[str, Any]:
     """A whole run, and what a fresh measurement says of its plan."""
     try:
-        answer = optimize_command(settings, out=out, resume=True, progress=say)
+        with chdir(out.parent):  # where its profile is
+            answer = optimize_command(settings, out=out, resume=True, progress=say)
         answer.raise_if_broken()
     except ShivaError as error:
         say(f"error: {error}")
