@@ -5,7 +5,8 @@
     shiva-search generate reports/small-sd3 --count 2 --steps 4
 
 In: nothing, and no network. Out: folders in diffusers format of a few hundred kilobytes each, the same every time.
-Their images are noise; what is shown is that every command takes such a folder.
+Their images are noise; what is shown is that every command takes such a folder. In a call of your own PixArt's
+pipeline needs `use_resolution_binning=False`: its bins begin at larger images.
 """
 
 from __future__ import annotations

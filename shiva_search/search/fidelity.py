@@ -22,17 +22,20 @@ from shiva_search.errors import InputError
 from shiva_search.models.model import Batch, Model
 from shiva_search.records.plan import Kept, Plan
 from shiva_search.runtime.apply import AppliedPlan
+from shiva_search.runtime.memory import room_mib
 from shiva_search.runtime.pruned_block import Controller
 from shiva_search.runtime.scorers import TokenScorer, scorer_by_name
 from shiva_search.search.candidates import Floats, Rows
 from shiva_search.search.early_stop import expected, is_worse
-from shiva_search.search.prefixes import Prefixes, Row, room_mib
+from shiva_search.search.prefixes import Prefixes, Row
 from shiva_search.search.sketches import count_sketch
 
 #: (layer, tokens kept) -> predicted cost of running that block; any unit.
 LayerCost = Callable[[int, int], float]
 
 SKETCH = 512
+#: MiB for the states of shared prefixes in main memory, and the share of what a GPU has free.
+_ROOM = (512.0, 0.25)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class FidelityEvaluator:
         self._cost = layer_cost or (lambda layer, k: k / model.tokens)
         self._fixed = fixed_cost
         self._dense_row: Row = (model.tokens,) * model.layer_count
-        self._prefixes = Prefixes(room_mib(batch.t_B.device) if memory_mib is None else memory_mib)
+        self._prefixes = Prefixes(room_mib(batch.t_B.device, *_ROOM) if memory_mib is None else memory_mib)
         self._known: OrderedDict[tuple[int, Row], tuple[torch.Tensor, Floats | None]] = OrderedDict()
         self._work = 0.0
         self._plan = Plan.from_rows(model, [self._dense_row])

@@ -11,9 +11,6 @@ from shiva_search.runtime.pruned_block import Resume
 
 Row = tuple[int, ...]
 
-#: Room for states in main memory, and the share of what an accelerator has free.
-_HOST_MIB, _FREE_SHARE = 512.0, 0.25
-
 
 class Prefixes:
     """States after a layer, by chunk and the tokens kept up to there; the least recently used leave first.
@@ -59,14 +56,6 @@ class Prefixes:
         while self._held > self._room:
             _, (_, freed) = self._states.popitem(last=False)
             self._held -= freed
-
-
-def room_mib(device: torch.device) -> float:
-    """How much memory states may take on a device where nothing is said of it."""
-    if device.type != "cuda":
-        return _HOST_MIB
-    free, _ = torch.cuda.mem_get_info(device)
-    return _FREE_SHARE * free / 2**20
 
 
 def _bytes(state: Resume) -> int:

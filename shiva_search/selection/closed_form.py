@@ -20,6 +20,7 @@ import torch
 from shiva_search.errors import InputError
 from shiva_search.models.model import Layer, Model
 from shiva_search.runtime.bypass import AffineBypass, BypassBank, image_features
+from shiva_search.runtime.memory import room_mib
 from shiva_search.runtime.places import Attached, StandIn
 from shiva_search.runtime.token_ops import gather_tokens, top_k
 from shiva_search.selection.normal_equations import NormalEquations, set_gates, solve
@@ -31,6 +32,7 @@ RANKS = (16, 32)
 _KEEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0)  # shares of tokens that stay with the block, drawn by layer and chunk
 _GATES = 4
 _PER_GATE = 64  # inputs: each tells of one value of the condition
+_EQUATIONS_MIB, _FREE_SHARE = 2048.0, 0.5  # for normal equations, and of what a GPU has free, where that is more
 
 
 @dataclass
@@ -56,7 +58,7 @@ def fit_bypasses(
     chunk: int = 16,
     segments: int = 1,
     gates: int | None = None,
-    memory_mib: float = 2048.0,
+    memory_mib: float | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[BypassBank, FitReport]:
@@ -73,7 +75,8 @@ def fit_bypasses(
         segments: timestep segments with a bypass each.
         gates: by how many components of the condition the maps vary; None: as `gates_for` says, and fewer where there
             are few samples.
-        memory_mib: for normal equations; where all layers do not fit, a pass runs the model several times.
+        memory_mib: for normal equations; None: 2 GiB, or half of what a GPU has free where that is more. Where all
+            layers do not fit, a pass runs the model several times; what it finds is the same.
         seed: same seed, same bypass.
         progress: told short lines.
 
@@ -88,9 +91,13 @@ def fit_bypasses(
     offered = offered_ranks(kind, ranks)
     width, condition_width = widths_of(model)
     if gates is None:
-        gates = min(gates_for(width, condition_width, segments, memory_mib), samples // _PER_GATE)
-    at_once = max(1, int(memory_mib / _equations_mib(width, condition_width, segments, gates)))
+        # As many on every machine: memory that happens to be free does not change what a bypass is.
+        room = _EQUATIONS_MIB if memory_mib is None else memory_mib
+        gates = min(gates_for(width, condition_width, segments, room), samples // _PER_GATE)
     device = next(model.module.parameters()).device
+    if memory_mib is None:
+        memory_mib = max(_EQUATIONS_MIB, room_mib(device, _EQUATIONS_MIB, _FREE_SHARE))
+    at_once = max(1, int(memory_mib / _equations_mib(width, condition_width, segments, gates)))
     bank: BypassBank | None = None
     report = FitReport()
     for index in range(passes):
@@ -130,7 +137,7 @@ def offered_ranks(kind: str, ranks: Sequence[int] = RANKS) -> tuple[int, ...]:
     return tuple(sorted({0, *ranks})) if kind == "affine" else (0, 1)
 
 
-def gates_for(width: int, condition_width: int, segments: int = 1, memory_mib: float = 2048.0) -> int:
+def gates_for(width: int, condition_width: int, segments: int = 1, memory_mib: float = _EQUATIONS_MIB) -> int:
     """As many gates as equations of one layer fit half of the memory with, at most 4."""
     fits = (_equations_mib(width, condition_width, segments, count) <= memory_mib / 2 for count in range(1, _GATES + 1))
     return sum(fits)
@@ -189,8 +196,9 @@ class _Pass:
         batch, tokens, _ = x_BND.shape
         bypass = None if self.bank is None else self.bank.bypasses[layer]
         hidden_BNQ = None if bypass is None else self._by_segment(bypass, x_BND, condition_BC)
+        # Drawn in every layer, so that draws are the same however many layers are summed at once.
+        drawn_BM = torch.rand(batch, tokens, generator=self.generator).topk(self.drawn, dim=1).indices
         if layer in self.sums:
-            drawn_BM = torch.rand(batch, tokens, generator=self.generator).topk(self.drawn, dim=1).indices
             drawn_BM = drawn_BM.to(x_BND.device)
             x_BMD, f_BMD = gather_tokens(x_BND, drawn_BM), gather_tokens(out_BND - x_BND, drawn_BM)
             hidden_BMQ = None if hidden_BNQ is None else gather_tokens(hidden_BNQ, drawn_BM)

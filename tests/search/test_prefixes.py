@@ -6,7 +6,7 @@ import torch
 
 from shiva_search.records.plan import Kept
 from shiva_search.runtime.pruned_block import Resume
-from shiva_search.search.prefixes import Prefixes, room_mib
+from shiva_search.search.prefixes import Prefixes
 
 ROW = (64, 32, 0, 16, 64)
 
@@ -50,7 +50,3 @@ def test_what_was_used_stays_and_short_starts_stay_longest() -> None:
     kept.put(0, other, state(2))
     assert kept.longest(0, ROW).layer == 1  # used since, so the other's was older
     assert kept.longest(0, other).layer == 2
-
-
-def test_room_in_main_memory_is_bounded() -> None:
-    assert 0 < room_mib(torch.device("cpu")) <= 4096

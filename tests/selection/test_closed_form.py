@@ -200,6 +200,8 @@ def test_the_same_seed_gives_the_same_bypass_and_all_layers_at_once_or_not(tiny:
     first, _ = fit_bypasses(tiny, **settings)
     again, _ = fit_bypasses(tiny, **settings)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    one_by_one, _ = fit_bypasses(tiny, **settings, memory_mib=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), one_by_one.parameters(), strict=True))
 
 
 def test_segments_have_bypasses_of_their_own(tiny: Model) -> None:
