@@ -339,3 +339,7 @@ def test_a_run_is_named_by_its_budget_and_the_workload_asked_for() -> None:
     assert optimize._run_name(other) == "sd3-60pct.cuda-graph-on.dtype-bfloat16"
     whole = replace(settings, per="image", steps=28)
     assert optimize._run_name(whole) == "sd3-60pct-per-image-of-28"  # another budget than a step's
+    assert optimize._scope(settings) is None
+    assert optimize._scope(whole) == (
+        "the budget was given for an image of 28 steps; figures and limits are of one step"
+    )

@@ -185,7 +185,8 @@ def optimize_command(settings: Settings, *, out: Path | None, resume: bool, prog
             train(plan, settings.train_steps // 2, settings.seed + 1, None)
     with clock("evaluate"):
         error_there = fidelity(model, plan, router, split="evaluation", samples=EVALUATION_SAMPLES, seed=settings.seed)
-    write_outcome(run, model, device, plan, final, budget, rounds, error_there, clock.seconds, result.note)
+    note = "; ".join(filter(None, [_scope(settings), result.note])) or None
+    write_outcome(run, model, device, plan, final, budget, rounds, error_there, clock.seconds, note)
     if settings.model == "fashion-dit":
         with clock("generate"):
             draw_samples(run, model, plan, router, count=10, steps=20, guidance_scale=2.5, seed=0, progress=progress)
@@ -234,6 +235,13 @@ def _run_name(settings: Settings) -> str:
         f".{name.replace('_', '-')}-{_in_a_name(value)}" for name, value in sorted(settings.workload.items())
     )
     return f"{Path(settings.model).name}-{limits}{said}"
+
+
+def _scope(settings: Settings) -> str | None:
+    """What to say of a budget that was not given for one step, since all figures are of one."""
+    if settings.per != "image":
+        return None
+    return f"the budget was given for an image of {settings.steps} steps; figures and limits are of one step"
 
 
 def _in_a_name(value: Any) -> str:

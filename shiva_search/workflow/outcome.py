@@ -143,7 +143,9 @@ def _broken_in_words(summary: Mapping[str, Any]) -> str:
     if metric is None:
         takes += f" and breaks the budget of {', '.join(limits.values())}"
     elif metric == "latency_ms":
-        takes += f", over the budget of {limits[metric]}"
+        share = summary["budget"].get("shares", {}).get(metric)
+        which = "the upper end of which is over" if share is not None and found["ratio"] <= share else "over"
+        takes += f", {which} the budget of {limits[metric]}"
     else:
         limit = limits[COST_FIELD.get(metric, metric)]
         takes += f" and {used[metric]:.3%} of the {CONSTRAINT_NAMES[metric].replace('_', ' ')} budget of {limit}"
